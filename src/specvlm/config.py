@@ -1,0 +1,138 @@
+"""Every setting and its default, once. The CLI's options and the docs are built from these fields.
+
+A config is frozen and validated when it is made; nothing writes into it later. `help` in a field's metadata is the text
+that the CLI shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from specvlm.errors import ConfigError
+
+
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Which frames are read and how large they are."""
+
+    num_frames: int | None = _setting(None, "read this many evenly spaced frames (instead of --fps)")
+    fps: float | None = _setting(None, "frames read per second of video [default: 2]")
+    start: float = _setting(0.0, "start of the part to read, in seconds")
+    end: float | None = _setting(None, "end of the part to read, in seconds [default: the end of the file]")
+    max_frames: int = _setting(768, "upper bound on the frames read at a given fps")
+    max_pixels: int | None = _setting(None, "upper bound on the pixels of one resized frame [default: the model's own]")
+    total_pixels: int | None = _setting(None, "upper bound on the pixels of all resized frames of one video")
+    max_download_bytes: int = _setting(2 << 30, "largest file fetched from a URL, in bytes")
+    timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None:
+            _require(self.num_frames >= 1, "num_frames", self.num_frames, "at least 1")
+            _require(self.fps is None, "fps", self.fps, "give num_frames or fps, not both")
+        if self.fps is not None:
+            _require(0 < self.fps <= 1000, "fps", self.fps, "above 0 and at most 1000")
+        _require(self.start >= 0, "start", self.start, "0 or more seconds")
+        if self.end is not None:
+            _require(self.end > self.start, "end", self.end, f"later than start ({self.start:g} s)")
+        _require(self.max_frames >= 1, "max_frames", self.max_frames, "at least 1")
+        for name in ("max_pixels", "total_pixels"):
+            value = getattr(self, name)
+            _require(value is None or value >= 784, name, value, "at least 784 (one 28 x 28 cell)")
+        _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
+        _require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Which visual tokens the draft sees. keep_ratio = 1 - the paper's pruning ratio."""
+
+    keep_ratio: float = _setting(0.1, "share of the visual tokens that the draft sees, above 0 and at most 1")
+    keep_tokens: int | None = _setting(None, "number of visual tokens that the draft sees (instead of --keep-ratio)")
+    pruner: str = _setting("verifier", "how they are chosen", choices="pruners")
+    mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
+    spacing: str = _setting("grid", "stage II: even spacing on the time x row x column grid, or along the sequence",
+                            choices=("grid", "sequence"))
+    window: str = _setting("middle", "which part the window pruner keeps", choices=("front", "middle", "back"))
+    per_visual: bool = _setting(False, "share the budget between videos and images in proportion to their tokens")
+    score_rows: str = _setting("text", "text rows whose attention scores the visual tokens: all after the last visual, "
+                                       "or those of the last user turn", choices=("text", "last_turn"))
+    prune_seed: int = _setting(0, "seed of the random pruner")
+
+    def __post_init__(self) -> None:
+        _require(0 < self.keep_ratio <= 1, "keep_ratio", self.keep_ratio, "above 0 and at most 1 (1 prunes nothing)")
+        if self.keep_tokens is not None:
+            _require(self.keep_tokens >= 1, "keep_tokens", self.keep_tokens, "at least 1")
+        _require(0 <= self.mass <= 1, "mass", self.mass, "from 0 to 1")
+        _require(self.spacing in ("grid", "sequence"), "spacing", self.spacing, "grid or sequence")
+        _require(self.window in ("front", "middle", "back"), "window", self.window, "front, middle or back")
+        _require(self.score_rows in ("text", "last_turn"), "score_rows", self.score_rows, "text or last_turn")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen and when the text ends. temperature 0 is greedy."""
+
+    max_new_tokens: int = _setting(256, "exact upper bound on the new tokens")
+    temperature: float = _setting(0.0, "0 is greedy, 1 the model's own distribution")
+    top_p: float = _setting(1.0, "smallest set of tokens with this probability, 1 keeps all")
+    top_k: int = _setting(0, "keep the k most likely tokens, 0 keeps all")
+    min_p: float = _setting(0.0, "drop tokens below this share of the most likely one's probability")
+    repetition_penalty: float = _setting(1.0, "divide positive and multiply negative logits of tokens already seen")
+    seed: int | None = _setting(None, "seed of the sampling [default: a fresh one]")
+    stop: tuple[str, ...] = _setting((), "text that ends the answer and is cut off; may be repeated")
+    ignore_eos: bool = _setting(False, "go on after an end-of-sequence token")
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 <= self.min_p < 1, "min_p", self.min_p, "from 0 to below 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(all(self.stop), "stop", self.stop, "no empty string")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """What is drafted a round."""
+
+    drafter: str = _setting("model", "who drafts; none is plain decoding", choices="drafters")
+    tree: str | tuple[str, ...] = _setting(
+        "paper", "what is drafted a round: 'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of "
+                 "child-rank paths such as 0,1,00,01")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All that is in force for one request."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def replace(self, **settings: Any) -> EngineConfig:
+        """Return a config with these settings changed, by their flat names (`keep_ratio=0.2, seed=1`).
+
+        Raises:
+            ConfigError: a name is unknown (the known ones are listed) or a value is not allowed.
+        """
+        owners = {f.name: part.name for part in fields(self) for f in fields(getattr(self, part.name))}
+        if unknown := sorted(set(settings) - set(owners)):
+            raise ConfigError(f"unknown setting {unknown[0]!r}: known are {', '.join(sorted(owners))}")
+        changed = {}
+        for part in fields(self):
+            mine = {name: value for name, value in settings.items() if owners[name] == part.name}
+            old = getattr(self, part.name)
+            changed[part.name] = type(old)(**({f.name: getattr(old, f.name) for f in fields(old)} | mine))
+        return EngineConfig(**changed)

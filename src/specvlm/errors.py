@@ -1,0 +1,28 @@
+"""Every error that specvlm raises on purpose; each message names the value at fault and the remedy.
+
+SpecVLMError
+  ConfigError        a setting: which, its value, what is allowed
+  UnsupportedModel   an unknown model_type; target and draft that do not share a tokenizer or a video grid
+  MediaError         cannot open, no frames, corrupt, too large: the file, the cause, the remedy
+  CapacityError      prompt + new tokens do not fit: the numbers, and what would
+"""
+
+
+class SpecVLMError(Exception):
+    """Base of all errors below; the CLI prints its message on one line and exits with 2."""
+
+
+class ConfigError(SpecVLMError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class UnsupportedModel(SpecVLMError):
+    """The checkpoint cannot be served, or target and draft do not fit each other."""
+
+
+class MediaError(SpecVLMError):
+    """A video or image cannot be used."""
+
+
+class CapacityError(SpecVLMError):
+    """The prompt and the new tokens do not fit."""

@@ -1,0 +1,143 @@
+"""What a model family provides, what it hands over, and the registry of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import UnsupportedModel
+from specvlm.video import Frames
+
+Message = dict[str, Any]  # {"role": str, "content": str | list of {"type": "text" | "video" | "image", ...}}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One video or image of the prompt: its token grid."""
+
+    kind: str  # "video" or "image"
+    grid: tuple[int, int, int]  # time steps, rows, columns of visual tokens (an image has one time step)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model's own forward() and generate() take, made without the model: ids, pixel tensors, grids."""
+
+    input_ids: Tensor  # [S] int64, placeholders already repeated once per visual token
+    model_kwargs: dict[str, Any]  # the other keyword arguments, batch dimension included where HF has one
+    visuals: tuple[Visual, ...]  # in order of appearance
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """Return a copy with every tensor on `device`."""
+        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_kwargs.items()}
+        return replace(self, input_ids=self.input_ids.to(device), model_kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the language model takes it: merged embeddings and true positions.
+
+    `visual_index`, `grid` describe the V prunable visual tokens, in order of appearance. Tokens that structure the
+    video (newlines, timestamps, start and end markers) are not among them and are never pruned.
+    """
+
+    input_ids: Tensor  # [S] int64
+    embeds: Tensor  # [1, S, D]
+    positions: Tensor  # [3, 1, S] for M-RoPE, else [1, S]; int64
+    next_position: int  # position of the first generated token, in every dimension
+    visual_index: Tensor  # [V] int64, ascending places of the visual tokens in the sequence
+    grid: Tensor  # [V, 3] int64: time step, row, column within its own visual
+    visual_id: Tensor  # [V] int64: which video or image a visual token belongs to
+    deepstack: tuple[Tensor, ...] = ()  # Qwen3-VL: features [V, D] added after the first layers, one a layer
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_visual(self) -> int:
+        """Number of prunable visual tokens, V."""
+        return self.visual_index.shape[0]
+
+    def select(self, keep: Tensor) -> Prompt:
+        """Return the prompt with only the visual tokens `keep` (ascending indices into V) and all other tokens.
+
+        Kept tokens keep their original positions, and next_position stays (SpecVLM, section 3; the authors' code
+        repacks them, which loses where and when they were).
+        """
+        if keep.shape[0] == self.num_visual:
+            return self
+        mask = torch.ones(len(self), dtype=torch.bool, device=self.input_ids.device)
+        mask[self.visual_index] = False
+        mask[self.visual_index[keep]] = True
+        rows = mask.nonzero().squeeze(1)
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            embeds=self.embeds[:, rows],
+            positions=self.positions[..., rows],
+            visual_index=torch.searchsorted(rows, self.visual_index[keep]),
+            grid=self.grid[keep],
+            visual_id=self.visual_id[keep],
+            deepstack=tuple(features[keep] for features in self.deepstack),
+        )
+
+
+class Family(Protocol):
+    """Turns messages and frames into a model's inputs, and a model's inputs into a Prompt.
+
+    An instance belongs to one checkpoint: `Family(directory, config, tokenizer)`, where directory is the checkpoint's
+    folder, config its HF config and tokenizer its HF tokenizer (with a chat template).
+    """
+
+    tokenizer: Any
+    settings: dict[str, Any]  # what decides pixels, grids and placeholders; equal settings give equal Inputs
+
+    def __init__(self, directory: str, config: Any, tokenizer: Any) -> None: ...
+
+    def inputs(
+        self,
+        messages: Sequence[Message],
+        media: Sequence[Frames],
+        *,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Inputs:
+        """Return the model's inputs; media stand in order of appearance in the messages.
+
+        Resizing, normalising and patchifying run in torch on `device` and are bit-equal to the HF processors'.
+        max_pixels bounds one resized frame, total_pixels all of a video's frames.
+        """
+        ...
+
+    def merged(self, model: Any, inputs: Inputs) -> Prompt:
+        """Run the vision tower of the HF model and return what reaches the language model."""
+        ...
+
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register(*model_types: str) -> Callable[[type], type]:
+    """Register a Family class under the model_type of each HF config that it serves."""
+
+    def add(cls: type) -> type:
+        _FAMILIES.update(dict.fromkeys(model_types, cls))
+        return cls
+
+    return add
+
+
+def family_for(model_type: str) -> type[Family]:
+    """Return the Family class of a model_type.
+
+    Raises:
+        UnsupportedModel: no family serves it; the message lists the known ones.
+    """
+    if model_type not in _FAMILIES:
+        raise UnsupportedModel(f"model_type {model_type!r} is not supported: known are {', '.join(sorted(_FAMILIES))}")
+    return _FAMILIES[model_type]
