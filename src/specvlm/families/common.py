@@ -1,0 +1,258 @@
+"""What all families share: chat template, placeholders, tokens, and the merged prompt."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.families.base import Inputs, Message, Prompt, Visual
+from specvlm.families.pixels import read_json
+from specvlm.video import Frames
+
+_KINDS = ("image", "video")
+_TYPE_ID = {"image": 1, "video": 2}  # HF's mm_token_type_ids
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The caller's bounds on resized pixels, on top of the checkpoint's own."""
+
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One video or image, ready for the model."""
+
+    visual: Visual
+    pixels: Tensor  # as the vision tower takes them
+    text: str  # what stands for it in the prompt: one placeholder token a run of visual tokens
+    runs: tuple[int, ...]  # tokens that each of these placeholders stands for
+    extra: Any = None  # what the family's model_kwargs need besides
+
+
+def chat_template(directory: str, tokenizer: Any) -> str:
+    """Return the checkpoint's chat template; the processor's files win over the tokenizer's, as in HF's processors.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    raw = Path(directory) / "chat_template.jinja"
+    found = (
+        read_json(directory, "processor_config.json").get("chat_template")
+        or (raw.read_text(encoding="utf-8") if raw.is_file() else None)
+        or read_json(directory, "chat_template.json").get("chat_template")
+        or getattr(tokenizer, "chat_template", None)
+    )
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not found:
+        raise UnsupportedModel(
+            f"{directory} has no chat template: save the one of its instruction-tuned version there as "
+            "chat_template.jinja"
+        )
+    return str(found)
+
+
+class _Captured(Exception):
+    """Ends a forward call early; no error."""
+
+
+def capture(module: torch.nn.Module, call: Callable[[], object]) -> dict[str, Any]:
+    """Return the keyword arguments that `module` receives during `call`, which is stopped there."""
+    caught: dict[str, Any] = {}
+
+    def stop(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.update(kwargs)
+        raise _Captured
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        call()
+    except _Captured:
+        return caught
+    finally:
+        handle.remove()
+    raise AssertionError("the forward call did not reach the language model")
+
+
+def cells(times: int, rows: int, columns: int, *, first_time: int = 0) -> Tensor:
+    """Return the (time, row, column) of every cell of a grid in reading order, [times * rows * columns, 3] int64."""
+    axes = torch.arange(first_time, first_time + times), torch.arange(rows), torch.arange(columns)
+    return torch.cartesian_prod(*axes).view(-1, 3)
+
+
+class VisionFamily(ABC):
+    """A Family whose prompt carries one placeholder token per visual token. Subclasses fill in the pixels."""
+
+    is_mrope: ClassVar[bool]  # positions are (time, height, width)
+
+    def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._template = chat_template(directory, tokenizer)
+        self._ids = {"image": int(config.image_token_id), "video": int(config.video_token_id)}
+        self._tokens = {kind: str(tokenizer.convert_ids_to_tokens(self._ids[kind])) for kind in _KINDS}
+        self._placeholder = re.compile("|".join(f"(?P<{kind}>{re.escape(self._tokens[kind])})" for kind in _KINDS))
+        self.settings: dict[str, Any] = {
+            "model_type": config.model_type,
+            "chat_template": self._template,
+            "placeholder_ids": dict(self._ids),
+        }
+
+    @abstractmethod
+    def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
+        """Return what the model takes for each of the media, in their order."""
+
+    @abstractmethod
+    def _model_kwargs(self, kind: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """Return the keyword arguments of HF's forward() for all (one or more) media of a kind."""
+
+    @abstractmethod
+    def _layouts(self, inputs: Inputs) -> list[Tensor]:
+        """Return [n, 3] for each visual: the (time, row, column) of its n tokens; -1 where one must not be pruned."""
+
+    def inputs(
+        self,
+        messages: Sequence[Message],
+        media: Sequence[Frames],
+        *,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Inputs:
+        """Return the model's inputs (see Family.inputs); media stand in order of appearance in the messages.
+
+        Raises:
+            ConfigError: media and placeholders do not match, or a limit cannot be kept.
+            MediaError: a frame has a shape that the model refuses.
+        """
+        text = self._render(messages)
+        self._check_media(text, media)
+        encoded = self._encode(media, Limits(max_pixels, total_pixels), device)
+        queues = {kind: [e for e in encoded if e.visual.kind == kind] for kind in _KINDS}
+        order = [queues[kind].pop(0) for kind in self._found(text)]
+        ids = self._token_ids(text, order).to(device)
+        kwargs: dict[str, Any] = {}
+        for kind in _KINDS:
+            if chosen := [e for e in order if e.visual.kind == kind]:
+                kwargs |= self._model_kwargs(kind, chosen)
+        if self.is_mrope:
+            kwargs["mm_token_type_ids"] = self._type_ids(ids)[None]
+        return Inputs(ids, kwargs, tuple(e.visual for e in order))
+
+    @torch.no_grad()
+    def merged(self, model: Any, inputs: Inputs) -> Prompt:
+        """Run the vision tower of `model` (the HF ...ForConditionalGeneration) and return its language model's prompt.
+
+        Nothing is left behind on the model that a later request would read: positions are always explicit.
+        """
+        inputs = inputs.to(model.get_input_embeddings().weight.device)
+        ids = inputs.input_ids
+        caught = self._capture(model, inputs)
+        positions = self._positions(caught.get("position_ids"), ids)
+        places = self._type_ids(ids).nonzero().squeeze(1)
+        layout, owner = self._layout(inputs, ids.device)
+        prunable = layout[:, 0] >= 0
+        return Prompt(
+            input_ids=ids,
+            embeds=caught["inputs_embeds"],
+            positions=positions,
+            next_position=int(positions.max()) + 1,
+            visual_index=places[prunable],
+            grid=layout[prunable],
+            visual_id=owner[prunable],
+            deepstack=tuple(caught.get("deepstack_visual_embeds") or ()),
+        )
+
+    def _capture(self, model: Any, inputs: Inputs) -> dict[str, Any]:
+        """Return what the language model receives for these inputs."""
+        call = {"input_ids": inputs.input_ids[None], "use_cache": False, **inputs.model_kwargs}
+        return capture(model.model.language_model, lambda: model.model(**call))
+
+    def _positions(self, captured: Tensor | None, ids: Tensor) -> Tensor:
+        if captured is None:  # HF leaves a prompt without visuals to the language model, which counts up
+            captured = torch.arange(ids.shape[0], device=ids.device)[None]
+        if not self.is_mrope:
+            return captured
+        return captured[-3:] if captured.ndim == 3 else captured.expand(3, 1, -1)
+
+    def _layout(self, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the cell [n, 3] and the visual's number [n] of every placeholder token."""
+        layouts = self._layouts(inputs)
+        lengths = torch.tensor([len(layout) for layout in layouts], dtype=torch.int64)
+        owner = torch.repeat_interleave(torch.arange(len(layouts)), lengths)
+        layout = torch.cat([*layouts, torch.empty(0, 3, dtype=torch.int64)])
+        return layout.to(device), owner.to(device)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt's text with one placeholder a video or image, ready for the answer."""
+        plain = [{**message, "content": _strip(message.get("content"))} for message in messages]
+        return str(
+            self.tokenizer.apply_chat_template(
+                plain, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def _found(self, text: str) -> list[str]:
+        """Return the kind of every placeholder in the text."""
+        return [str(match.lastgroup) for match in self._placeholder.finditer(text)]
+
+    def _check_media(self, text: str, media: Sequence[Frames]) -> None:
+        found = self._found(text)
+        for kind in _KINDS:
+            given, wanted = sum(frames.kind == kind for frames in media), found.count(kind)
+            if given != wanted:
+                raise ConfigError(
+                    f"{given} {kind}s are given but the messages have {wanted} places for one ({self._tokens[kind]})"
+                )
+
+    def _token_ids(self, text: str, order: Sequence[Encoded]) -> Tensor:
+        """Return the ids of the text, each placeholder repeated once per visual token; int64 [S]."""
+        items = iter(order)
+        text = self._expand(text, items)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        repeats = torch.ones_like(ids)
+        repeats[self._type_ids(ids) > 0] = torch.tensor([run for e in order for run in e.runs], dtype=torch.int64)
+        return torch.repeat_interleave(ids, repeats)
+
+    def _type_ids(self, ids: Tensor) -> Tensor:
+        """Return 0 for text, 1 for image and 2 for video placeholders; int64, shape of ids."""
+        types = torch.zeros_like(ids)
+        for kind in _KINDS:
+            types[ids == self._ids[kind]] = _TYPE_ID[kind]
+        return types
+
+    def _expand(self, text: str, items: Any) -> str:
+        """Return the text with each placeholder replaced by its visual's own text."""
+        return self._placeholder.sub(lambda _: next(items).text, text)
+
+
+def _strip(content: Any) -> Any:
+    """Return a message's content without its media, which travel beside the messages.
+
+    Raises:
+        ConfigError: content is neither text nor a list of text, image and video parts.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ConfigError(f"content={content!r} of a message is not allowed: give a string or a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in _KINDS:
+            parts.append({"type": kind})
+        else:
+            raise ConfigError(f"a message part of type {kind!r} is not allowed: give text (a string), image or video")
+    return parts

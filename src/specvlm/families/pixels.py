@@ -1,0 +1,155 @@
+"""From decoded frames to pixel tensors, in torch on any device, bit-equal to Hugging Face's torchvision processors.
+
+The settings come from the checkpoint's own files; what they leave out is each family's DEFAULTS.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specvlm.errors import MediaError, UnsupportedModel
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+# The values of the HF processor classes that all families share; a family's own DEFAULTS add to them.
+COMMON_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": OPENAI_MEAN,
+    "image_std": OPENAI_STD,
+}
+
+_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as the checkpoints write them
+_FILES = {
+    "image": ("preprocessor_config.json",),
+    "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
+}
+_MAX_ASPECT = 200  # Qwen's processors refuse longer frames
+_CHUNK = 32  # frames resized at once: bounds the memory of the float copy that a GPU needs
+
+
+def read_json(directory: str, name: str) -> dict[str, Any]:
+    """Return the JSON object in a checkpoint's file, {} where there is no such file."""
+    path = Path(directory) / name
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def processor_settings(directory: str, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the "image" or "video" processor: a checkpoint's values over the defaults.
+
+    Files are looked up in HF's order: processor_config.json holding both, then a file of its own; a video falls back
+    to the image's file. Keys that `defaults` does not name decide no pixels and are left out.
+    """
+    stored: dict[str, Any] = read_json(directory, "processor_config.json").get(f"{kind}_processor") or {}
+    for name in _FILES[kind]:
+        stored = stored or read_json(directory, name)
+    merged = {**COMMON_DEFAULTS, **defaults}
+    merged.update({key: stored[key] for key in merged if stored.get(key) is not None})
+    if merged["resample"] not in _MODES:
+        raise UnsupportedModel(f"{directory}: resample={merged['resample']} is not supported: known are {_MODES}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+
+
+def resize(frames: Tensor, size: tuple[int, int], resample: int, device: torch.device | str) -> Tensor:
+    """Return frames uint8 [T, 3, H, W] resized to `size` (height, width), on `device`.
+
+    A CPU resizes uint8 directly; elsewhere through float32, rounded and clamped, which is what torchvision does.
+    """
+    if frames.shape[-2:] == size:
+        return frames.to(device)
+    options: dict[str, Any] = {"mode": _MODES[resample]}
+    if resample:
+        options |= {"align_corners": False, "antialias": True}
+    chunks = []
+    for chunk in torch.split(frames, _CHUNK):
+        chunk = chunk.to(device).contiguous()
+        if resample and chunk.device.type != "cpu":
+            resized = F.interpolate(chunk.float(), size, **options).clamp_(0, 255).round_().to(torch.uint8)
+        else:
+            resized = F.interpolate(chunk, size, **options)
+        chunks.append(resized)
+    return torch.cat(chunks)
+
+
+def normalize(pixels: Tensor, settings: Mapping[str, Any], channel_dim: int) -> Tensor:
+    """Return uint8 pixels rescaled and normalised as the flags say, float32 unless neither is wanted.
+
+    Rescaling is folded into mean and standard deviation, in float32 and in HF's order of operations.
+    """
+    scale = settings["rescale_factor"] if settings["do_rescale"] else None
+    if not settings["do_normalize"]:
+        return pixels if scale is None else pixels * scale
+    mean, std = (torch.tensor(settings[name], device=pixels.device) for name in ("image_mean", "image_std"))
+    if scale is not None:
+        mean, std = mean * (1.0 / scale), std * (1.0 / scale)
+    shape = [1] * pixels.ndim
+    shape[channel_dim] = -1
+    return pixels.to(torch.float32).sub_(mean.view(shape)).div_(std.view(shape))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds on frames x height x width, and the unit that both sides must be a multiple of."""
+
+    cell: int  # pixels a side of one merged token
+    low: int
+    high: int
+    frames: int = 1  # frames that share the budget: 1 where it holds for each frame by itself
+    padded: int = 1  # the same, rounded as HF rounds it
+
+
+def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
+    """Return the (height, width) that a frame is resized to: multiples of the cell, within budget, aspect nearly kept.
+
+    Raises:
+        MediaError: the frame is more than 200 times longer than wide, or the reverse.
+    """
+    cell = budget.cell
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise MediaError(
+            f"a frame of {width} x {height} pixels is more than {_MAX_ASPECT} times longer than wide, "
+            "which this model refuses: crop or pad it"
+        )
+    volume = budget.frames * height * width
+    rows, columns = round(height / cell) * cell, round(width / cell) * cell
+    if budget.padded * rows * columns > budget.high:
+        shrink = math.sqrt(volume / budget.high)
+        rows = max(cell, math.floor(height / shrink / cell) * cell)
+        columns = max(cell, math.floor(width / shrink / cell) * cell)
+    elif budget.padded * rows * columns < budget.low:
+        grow = math.sqrt(budget.low / volume)
+        rows, columns = math.ceil(height * grow / cell) * cell, math.ceil(width * grow / cell) * cell
+    return rows, columns
+
+
+def pad_frames(frames: Tensor, multiple: int) -> Tensor:
+    """Return frames [T, ...] with the last one repeated until T is a multiple."""
+    missing = -frames.shape[0] % multiple
+    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])]) if missing else frames
+
+
+def patchify(frames: Tensor, patch: int, temporal: int, merge: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Cut frames [T, 3, H, W] into Qwen's patches.
+
+    Returns:
+        patches [time * rows * columns, 3, temporal * patch * patch], the merge x merge patches of one token side by
+        side, and the grid (time, rows, columns) in patches.
+    """
+    steps, rows, columns = frames.shape[0] // temporal, frames.shape[2] // patch, frames.shape[3] // patch
+    cut = frames.reshape(steps, temporal, 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    cut = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # step, row, column, both in merge, channel, time, y, x
+    return cut.reshape(steps * rows * columns, 3, temporal * patch * patch), (steps, rows, columns)
