@@ -1,0 +1,279 @@
+"""The method in one page: prefill, then propose / verify / accept / commit. rounds() -> stream() -> generate().
+
+rounds() is the loop, one item a target pass; stream() turns tokens into text; generate() collects it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm import draft as drafting
+from specvlm import prune, tree, verify, video
+from specvlm.config import EngineConfig, SamplingConfig
+from specvlm.errors import CapacityError, ConfigError
+from specvlm.families import Inputs, Prompt
+from specvlm.families.base import Message
+from specvlm.model import VideoLM, check_pair
+from specvlm.report import Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
+from specvlm.text import Chunk, TextStream
+
+DEFAULT_PROMPT = "Describe the video in detail."
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one target pass added. The first comes from the prefill and drafts nothing."""
+
+    token_ids: tuple[int, ...]  # new tokens of the text, the bonus token last, cut where the text ends
+    draft: verify.Draft  # what was proposed
+    accepted: verify.Accepted  # what of it the target agreed with
+    finish_reason: str | None  # on the last round: "stop" (end-of-sequence token) or "length"
+
+
+@dataclass
+class Request:
+    """One request and the account of its run."""
+
+    config: EngineConfig
+    messages: Sequence[Message]
+    usage: Usage = field(default_factory=Usage)
+    speculation: Speculation = field(default_factory=Speculation)
+    seconds: Seconds = field(default_factory=Seconds)
+    inputs: Inputs | None = None
+    prompt: Prompt | None = None  # the target's, unpruned
+    scores: Tensor | None = None  # [V] float32, zeros where the pruner reads none
+    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft sees
+
+
+class SpecVLM:
+    """A target, a draft and the settings that hold unless a call changes them.
+
+    Args:
+        target: the model whose words come out.
+        draft: a smaller model of its family, the target itself, or None (plain decoding).
+        config: defaults of every call.
+
+    Raises:
+        UnsupportedModel: the two do not fit each other.
+    """
+
+    def __init__(self, target: VideoLM, draft: VideoLM | None = None, config: EngineConfig | None = None) -> None:
+        self.target = target
+        self.draft = draft
+        self.config = config or EngineConfig()
+        if draft is not None:
+            check_pair(target, draft)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | os.PathLike[str] | None = None,
+        *,
+        draft: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        draft_device: str | None = None,
+        dtype: str = "auto",
+        **settings: Any,
+    ) -> SpecVLM:
+        """Load a pair.
+
+        Args:
+            target: Hugging Face directory or hub id; None is the bundled pair.
+            draft: the same for the draft; equal to `target` shares the weights; None beside a target is plain decoding.
+            device: "auto", "cpu", "cuda", "cuda:1", ...
+            draft_device: the draft's; None is the target's.
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+            **settings: any field of the configs, as in `EngineConfig.replace`.
+
+        Raises:
+            UnsupportedModel: a checkpoint cannot be read or served, or the two do not fit each other.
+            ConfigError: a setting is unknown or not allowed.
+        """
+        config = EngineConfig().replace(**settings)
+        if target is None:
+            target, draft = bundled("target"), draft or bundled("draft")
+        loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype)
+        if draft is None:
+            return cls(loaded, None, config)
+        if os.fspath(draft) == os.fspath(target) and draft_device in (None, device):
+            return cls(loaded, loaded, config)
+        return cls(loaded, VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype), config)
+
+    def request(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
+        """Prepare a request: messages in the usual chat form, or a video source and a question.
+
+        Args:
+            source: a list of messages; or anything that `video.load` reads; or None for a question without a video.
+            prompt: the question; None asks for a description. Not beside messages.
+            **settings: any field of the configs, as in `EngineConfig.replace`.
+
+        Raises:
+            ConfigError: a setting is unknown or not allowed.
+        """
+        config = self.config.replace(**settings)
+        if isinstance(source, Sequence) and source and isinstance(source[0], dict):
+            if prompt is not None:
+                raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
+            return Request(config, source)
+        content = [{"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}]
+        if source is not None:
+            content.insert(0, {"type": "video", "video": source})
+        return Request(config, [{"role": "user", "content": content}])
+
+    def rounds(self, request: Request) -> Iterator[Round]:
+        """Yield one Round a target pass until the text ends: the loop of SpecVLM (arXiv 2508.16201, section 3)."""
+        config, stage = request.config, request.seconds.stage
+        target, device = self.target, self.target.device
+        generator = torch.Generator()
+        generator.seed() if config.sampling.seed is None else generator.manual_seed(config.sampling.seed)
+        drafter = drafting.create(config.draft, self.draft)
+        inputs = self.read(request)
+        with stage("encode", device):
+            prompt = request.prompt = target.encode(inputs)
+        request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
+        verifier = verify.Verifier(config.sampling, verify.seen_in(prompt.input_ids, target.vocab_size), generator)
+        ending = _Ending(config.sampling, target.eos_ids)
+
+        with stage("prefill", device):
+            rows = _score_rows(prompt, target, config) if drafter.prunes and prune.needs_scores(config.prune) else None
+            room = config.sampling.max_new_tokens + tree.MAX_NODES
+            session, logits, request.scores = target.start(prompt, room, rows)
+            draft = verify.Draft.empty()
+            accepted = verifier.accept(logits[None], draft)
+        request.speculation.target_passes += 1
+        request.seconds.first_token()
+        yield (latest := ending.cut(draft, accepted))
+
+        if latest.finish_reason is None and drafter.prunes:
+            with stage("prune", device):
+                request.keep = prune.select(request.scores, prompt.grid, prompt.visual_id, config.prune)
+            request.usage.kept_visual_tokens = request.keep.shape[0]
+            with stage("draft_prefill", device, drafter.device):
+                drafter.begin(drafting.Context(target, inputs, prompt, request.keep, config.sampling, generator))
+        while latest.finish_reason is None:
+            with stage("decode", device):
+                token = latest.token_ids[-1]
+                draft = drafter.propose(token, ending.left - 1)
+                tokens = torch.cat([torch.tensor([token], device=device), draft.tokens.to(device)])
+                logits = session.step(tokens, [-1, *(parent + 1 for parent in draft.parents)])
+                accepted = verifier.accept(logits, draft)
+                session.keep([0, *(node + 1 for node in accepted.nodes)])
+                drafter.commit(accepted)
+            request.speculation.add(draft.parents, accepted.nodes)
+            yield (latest := ending.cut(draft, accepted))
+
+    def stream(self, source: Any, prompt: str | None = None, **settings: Any) -> Iterator[Chunk]:
+        """Yield the text as it is verified; the last chunk carries finish_reason.
+
+        Arguments are those of `request`.
+
+        Raises:
+            SpecVLMError: a setting, a file or a model is at fault; the message names it and the remedy.
+        """
+        return self.stream_request(self.request(source, prompt, **settings))
+
+    def stream_request(self, request: Request) -> Iterator[Chunk]:
+        """Yield the text of a request, which holds the account of the run afterwards."""
+        request.seconds.start()
+        text = TextStream(self.target.tokenizer, self.target.eos_ids, request.config.sampling.stop)
+        for latest in self.rounds(request):
+            chunk = text.add(latest.token_ids, latest.finish_reason)
+            request.usage.completion_tokens += len(chunk.token_ids)
+            request.seconds.finish()
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    def generate(self, source: Any, prompt: str | None = None, **settings: Any) -> Generation:
+        """Return the whole answer with its account. Arguments and errors are those of `stream`."""
+        return self.generate_request(self.request(source, prompt, **settings))
+
+    def generate_request(self, request: Request) -> Generation:
+        """Run a request to its end and return the answer with its account."""
+        devices = {self.target.device, (self.draft or self.target).device}
+        reset_peak(*devices)
+        chunks = list(self.stream_request(request))
+        return Generation(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=str(chunks[-1].finish_reason),
+            usage=request.usage,
+            speculation=request.speculation,
+            seconds=request.seconds,
+            peak_memory_bytes=measure_peak(*devices),
+            config=request.config,
+        )
+
+    def read(self, request: Request) -> Inputs:
+        """Read the media of a request and return the target's inputs.
+
+        Raises:
+            MediaError: a file cannot be used.
+            CapacityError: prompt and new tokens exceed the target's context.
+        """
+        config, target = request.config, self.target
+        with request.seconds.stage("read", target.device):
+            items = [item for message in request.messages for item in _items(message) if item["type"] != "text"]
+            media = [video.load(item[item["type"]], config.video, kind=item["type"]) for item in items]
+            inputs = request.inputs = target.family.inputs(
+                request.messages,
+                media,
+                max_pixels=config.video.max_pixels,
+                total_pixels=config.video.total_pixels,
+                device=target.device,
+            )
+        num_prompt, num_new = inputs.input_ids.shape[0], config.sampling.max_new_tokens
+        if num_prompt + num_new > target.context_len:
+            raise CapacityError(
+                f"{num_prompt} prompt tokens and {num_new} new ones exceed the context of {target.context_len} tokens: "
+                "read fewer frames (num_frames, fps), smaller ones (max_pixels), or ask for fewer new tokens"
+            )
+        return inputs
+
+
+class _Ending:
+    """Where the text ends: after an end-of-sequence token or after exactly max_new_tokens."""
+
+    def __init__(self, sampling: SamplingConfig, eos_ids: frozenset[int]) -> None:
+        self.left = sampling.max_new_tokens  # tokens that may still come
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+
+    def cut(self, draft: verify.Draft, accepted: verify.Accepted) -> Round:
+        """Return the round with its tokens cut where the text ends."""
+        tokens = accepted.token_ids[: self.left]
+        ends = next((place for place, token in enumerate(tokens) if token in self._eos_ids), None)
+        if ends is not None:
+            tokens = tokens[: ends + 1]
+        self.left -= len(tokens)
+        reason = "stop" if ends is not None else "length" if self.left == 0 else None
+        return Round(tokens, draft, accepted, reason)
+
+
+def _items(message: Message) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [] if isinstance(content, str) else content
+
+
+def _score_rows(prompt: Prompt, target: VideoLM, config: EngineConfig) -> Tensor | None:
+    """Return the text rows whose attention scores the visual tokens, all of them behind the last visual token."""
+    if not prompt.num_visual:
+        return None
+    first = int(prompt.visual_index[-1]) + 1
+    if config.prune.score_rows == "last_turn":
+        turn = target.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        turns = (prompt.input_ids == turn).nonzero().squeeze(1)
+        if turns.shape[0] >= 2:  # the last one opens the answer
+            first = max(first, int(turns[-2]))
+    return torch.arange(first, len(prompt), device=prompt.input_ids.device)
+
+
+def bundled(name: str) -> str:
+    """Return the directory of the bundled "target", "draft" or "clips"."""
+    return str(files("specvlm") / "bundled" / name)

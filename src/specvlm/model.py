@@ -1,0 +1,257 @@
+"""VideoLM = Hugging Face model + family + KV cache: encode, prefill, step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import logging as hf_logging
+
+from specvlm import attention, tree
+from specvlm.cache import KVCache
+from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
+from specvlm.families import Family, Inputs, Prompt, family_for
+
+
+class VideoLM:
+    """One loaded model. It holds no request's state, so requests may interleave on it and it may draft for itself."""
+
+    def __init__(self, hf: Any, family: Family, *, name: str = "") -> None:
+        text = hf.config.get_text_config()
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            raise UnsupportedModel(
+                f"{name}: sliding-window attention is not supported: set use_sliding_window to false"
+            )
+        hf.set_attn_implementation({"text_config": attention.NAME})
+        self.hf = hf.eval()
+        self.family = family
+        self.name = name
+        self.tokenizer = family.tokenizer
+        self.model_type: str = hf.config.model_type
+        self.device: torch.device = hf.lm_head.weight.device
+        self.vocab_size: int = hf.lm_head.weight.shape[0]
+        self.context_len: int = text.max_position_embeddings
+        self.eos_ids = _eos_ids(hf, self.tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> VideoLM:
+        """Load a Hugging Face directory or hub id.
+
+        Args:
+            name: directory or hub id.
+            device: "auto" is cuda where there is one, else cpu.
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU, or float32, bfloat16, float16.
+
+        Raises:
+            UnsupportedModel: the checkpoint cannot be found, read or served.
+            ConfigError: device or dtype is not allowed.
+        """
+        name = os.fspath(name)
+        place = resolve_device(device)
+        number = resolve_dtype(dtype, place)
+        family_type = family_for(_model_type(name))
+        hf_logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"cannot load {name}: {_first_line(error)}") from error
+        family = family_type(name, hf.config, tokenizer)
+        try:
+            return cls(hf.to(place), family, name=name)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(f"{name} does not fit on {place}: {_first_line(error)}") from error
+
+    @torch.inference_mode()
+    def encode(self, inputs: Inputs) -> Prompt:
+        """Run the vision tower; return the prompt as the language model takes it."""
+        return self.family.merged(self.hf, inputs.to(self.device))
+
+    @torch.inference_mode()
+    def start(
+        self, prompt: Prompt, max_new_rows: int, score_rows: Tensor | None = None
+    ) -> tuple[Session, Tensor, Tensor]:
+        """Prefill a prompt (SpecVLM, section 3.2: up to the last visual token, then the text after it).
+
+        Args:
+            prompt: S tokens of which V are visual.
+            max_new_rows: room for new tokens and one tree, in rows.
+            score_rows: [R] int64 places in the prompt, behind the last visual token, whose attention scores the visual
+                tokens; None scores nothing and prefills in one pass.
+
+        Returns:
+            The session, the logits [vocab] after the prompt, and the scores [V] float32 (zeros where none were asked).
+        """
+        session = Session(self, prompt, len(prompt) + max_new_rows)
+        split = int(prompt.visual_index[-1]) + 1 if score_rows is not None and prompt.num_visual else 0
+        if not split or split == len(prompt):
+            logits = session.prefill(0, len(prompt), attention.Plan())
+            return session, logits, torch.zeros(prompt.num_visual, device=self.device)
+        assert score_rows is not None
+        scores = attention.Scores(prompt.visual_index, score_rows - split)
+        session.prefill(0, split, attention.Plan(), need_logits=False)
+        logits = session.prefill(split, len(prompt), attention.Plan(scores=scores))
+        return session, logits, scores.mean
+
+    def forward(self, embeds: Tensor, positions: Tensor, cache: KVCache, plan: attention.Plan, **extras: Any) -> Tensor:
+        """Run the language model over new rows [1, T, D]; return its hidden states [T, D] and store the rows."""
+        out = self.hf.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, plan=plan, **extras
+        )
+        cache.advance(embeds.shape[1])
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., vocab] float32 of hidden states [..., D]."""
+        logits: Tensor = self.hf.lm_head(hidden)
+        return logits.float()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [1, N, D] of text tokens [N]."""
+        embeds: Tensor = self.hf.get_input_embeddings()(tokens[None])
+        return embeds
+
+
+class Session:
+    """One request on one model: its KV cache, where its next token stands, and the tree behind the known rows."""
+
+    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
+        self.model = model
+        self.cache = KVCache(capacity)
+        self.length = 0  # rows of the prompt and of the text; rows of the cache behind them belong to the tree
+        self.position = prompt.next_position
+        self._prompt = prompt
+        self._is_3d = prompt.positions.dim() == 3
+        self._parents: list[int] = []  # of the tree rows
+
+    def prefill(self, begin: int, end: int, plan: attention.Plan, *, need_logits: bool = True) -> Tensor:
+        """Store prompt rows begin..end; return the logits [vocab] after the last one (empty if not needed)."""
+        prompt, extras = self._prompt, {}
+        if prompt.deepstack:
+            index = prompt.visual_index
+            inside = (index >= begin) & (index < end)
+            if bool(inside.any()):
+                mask = torch.zeros(1, end - begin, dtype=torch.bool, device=index.device)
+                mask[0, index[inside] - begin] = True
+                extras = {
+                    "visual_pos_masks": mask,
+                    "deepstack_visual_embeds": [features[inside] for features in prompt.deepstack],
+                }
+        hidden = self.model.forward(
+            prompt.embeds[:, begin:end], prompt.positions[..., begin:end], self.cache, plan, **extras
+        )
+        self.length = self.cache.length
+        return self.model.logits(hidden[-1]) if need_logits else hidden[:0]
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """Run N tree rows in one pass; return their logits [N, vocab] float32.
+
+        Args:
+            tokens: [N] int64.
+            parents: of each row: a tree row (of this or an earlier step since the last `keep`), -1 for the known text.
+        """
+        before = len(self._parents)
+        self._parents += parents
+        device = self.model.device
+        sees = tree.ancestors(torch.tensor(self._parents))[before:]
+        positions = (self.position - 1 + sees.sum(1)).to(device)
+        shape = (3, 1, -1) if self._is_3d else (1, -1)
+        is_chain = before == 0 and list(parents) == list(range(-1, len(parents) - 1))
+        plan = attention.Plan(tree=None if is_chain else sees.to(device))
+        hidden = self.model.forward(self.model.embed(tokens), positions.expand(shape), self.cache, plan)
+        return self.model.logits(hidden)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make the tree rows `rows` (one path, from the root down) part of the text; forget the other tree rows."""
+        self.cache.keep(self.length, rows)
+        self.length += len(rows)
+        self.position += len(rows)
+        self._parents = []
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device of a setting.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} is not available: {_first_line(error)}; try auto or cpu") from error
+    return place
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype of a setting.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in names:
+        raise ConfigError(f"dtype={dtype!r} is not allowed: auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def check_pair(target: VideoLM, draft: VideoLM) -> None:
+    """Refuse a draft that cannot propose for the target.
+
+    Padding of the vocabulary may differ: token ids are compared, not sizes.
+
+    Raises:
+        UnsupportedModel: another model_type or another tokenizer; the first differing entry is named.
+    """
+    if draft is target:
+        return
+    if draft.model_type != target.model_type:
+        raise UnsupportedModel(
+            f"draft {draft.name} is a {draft.model_type}, target {target.name} a {target.model_type}: "
+            "choose a draft of the target's family"
+        )
+    ours = {index: token for token, index in target.tokenizer.get_vocab().items()}
+    theirs = {index: token for token, index in draft.tokenizer.get_vocab().items()}
+    if ours != theirs:
+        first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+        raise UnsupportedModel(
+            f"the tokenizers of target and draft differ: token {first} is {ours.get(first)!r} in {target.name} "
+            f"and {theirs.get(first)!r} in {draft.name}"
+        )
+
+
+def _model_type(name: str) -> str:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"cannot read a model at {name}: {_first_line(error)}; give a Hugging Face directory or hub id"
+        ) from error
+    if "model_type" not in config:
+        raise UnsupportedModel(f"{name} has no config.json with a model_type: give a Hugging Face directory or hub id")
+    return str(config["model_type"])
+
+
+def _eos_ids(hf: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every id that ends a text: the generation config's, else the config's, else the tokenizer's."""
+    generation: GenerationConfig = hf.generation_config
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = hf.config.get_text_config().eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,183 @@
+"""Which visual tokens the draft sees: (scores, grid, count) -> kept indices.
+
+A pruner is one small function in a registry:
+
+    @pruner("verifier")
+    def verifier(scores, grid, count, *, mass=0.4): ...
+
+It gets scores [V] float32 (the target's attention to each visual token; zeros for a pruner registered with
+`scored=False`), grid [V, 3] int64 (time step, row, column) and count, and returns at most `count` distinct indices.
+Of the settings it gets those that it names as keyword-only parameters: mass, spacing, window, seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.config import PruneConfig
+from specvlm.errors import ConfigError
+
+Pruner = Callable[..., Tensor]
+PRUNERS: dict[str, Pruner] = {}
+_SCORED: set[str] = set()
+
+
+def pruner(name: str, *, scored: bool = True) -> Callable[[Pruner], Pruner]:
+    """Register a pruner under its name; `scored=False` says that it needs no attention scores."""
+
+    def add(function: Pruner) -> Pruner:
+        PRUNERS[name] = function
+        if scored:
+            _SCORED.add(name)
+        return function
+
+    return add
+
+
+def needs_scores(config: PruneConfig) -> bool:
+    """Whether this config's pruner reads the target's attention."""
+    return config.pruner in _SCORED and not _keeps_all(config)
+
+
+def get(name: str) -> Pruner:
+    """Return the pruner of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists the known.
+    """
+    if name not in PRUNERS:
+        raise ConfigError(f"pruner={name!r} is not allowed: known are {', '.join(sorted(PRUNERS))}")
+    return PRUNERS[name]
+
+
+def select(scores: Tensor, grid: Tensor, visual_id: Tensor, config: PruneConfig) -> Tensor:
+    """Return the kept visual tokens, [K] int64 ascending.
+
+    Args:
+        scores: [V] float32, attention of the target.
+        grid: [V, 3] int64, time step, row and column of each token within its video or image.
+        visual_id: [V] int64, ascending: which video or image a token belongs to.
+        config: pruner, budget and options.
+    """
+    function, total = get(config.pruner), scores.shape[0]
+    if _keeps_all(config) or total == 0:
+        return torch.arange(total, device=scores.device)
+    wanted = inspect.signature(function).parameters
+    options = {name: value for name, value in _options(config).items() if name in wanted}
+    if not config.per_visual:
+        return function(scores, _stack_visuals(grid, visual_id), budget(config, total), **options).sort().values
+    kept, start = [], 0
+    for size in torch.unique_consecutive(visual_id, return_counts=True)[1].tolist():
+        part = slice(start, start + size)
+        count = max(1, round(budget(config, total) * size / total))
+        kept.append(function(scores[part], grid[part], count, **options).sort().values + start)
+        start += size
+    return torch.cat(kept)
+
+
+def budget(config: PruneConfig, total: int) -> int:
+    """Return how many of `total` visual tokens may be kept, at least 1."""
+    count = config.keep_tokens if config.keep_tokens is not None else round(config.keep_ratio * total)
+    return min(total, max(1, count))
+
+
+def _keeps_all(config: PruneConfig) -> bool:
+    return config.pruner == "none" or (config.keep_tokens is None and config.keep_ratio == 1)
+
+
+def _options(config: PruneConfig) -> dict[str, Any]:
+    return {"mass": config.mass, "spacing": config.spacing, "window": config.window, "seed": config.prune_seed}
+
+
+def _stack_visuals(grid: Tensor, visual_id: Tensor) -> Tensor:
+    """Put one visual's time steps behind the last's, so that several share one grid."""
+    if visual_id[0] == visual_id[-1]:
+        return grid
+    last = torch.zeros(int(visual_id.max()) + 1, dtype=torch.int64, device=grid.device)
+    last.scatter_reduce_(0, visual_id, grid[:, 0] + 1, "amax")
+    before = last.cumsum(0) - last
+    return torch.stack([grid[:, 0] + before[visual_id], grid[:, 1], grid[:, 2]], 1)
+
+
+def _spread(bits: Tensor) -> Tensor:
+    """Put two zero bits between the bits of a number below 2^16 ([N] int64)."""
+    for shift, mask in ((32, 0x1F00000000FFFF), (16, 0x1F0000FF0000FF), (8, 0x100F00F00F00F00F),
+                        (4, 0x10C30C30C30C30C3), (2, 0x1249249249249249)):  # fmt: skip
+        bits = (bits | (bits << shift)) & mask
+    return bits
+
+
+def evenly(places: Tensor, grid: Tensor, count: int, spacing: str = "grid") -> Tensor:
+    """Return `count` of `places` ([M] int64), evenly spread (SpecVLM, section 3.2, stage II).
+
+    "grid" walks the time x row x column grid along a Z-order curve, which keeps near cells together, and takes steps of
+    equal length on it: each kept token stands for a compact block of cells. "sequence" takes equal steps along the
+    flattened sequence, as the authors' code does; a step that the row length divides then meets the same columns only.
+    """
+    total = places.shape[0]
+    if count >= total:
+        return places
+    steps = (torch.arange(count, device=places.device) * total + total // 2) // count
+    if spacing == "sequence":
+        return places[steps]
+    cells = grid[places]
+    order = (_spread(cells[:, 0]) << 2 | _spread(cells[:, 1]) << 1 | _spread(cells[:, 2])).argsort(stable=True)
+    return places[order[steps]]
+
+
+@pruner("verifier")
+def verifier(scores: Tensor, grid: Tensor, count: int, *, mass: float = 0.4, spacing: str = "grid") -> Tensor:
+    """Both stages of SpecVLM (section 3.2): top-P by the target's attention, then the rest thinned evenly."""
+    top = scores.topk(count)  # stage I never exceeds the budget, so no full sort is needed
+    covered = top.values.cumsum(0) - top.values  # the mass before each token
+    chosen = top.indices[covered < mass * scores.sum()]
+    rest = torch.ones_like(scores, dtype=torch.bool)
+    rest[chosen] = False
+    return torch.cat([chosen, evenly(rest.nonzero().squeeze(1), grid, count - chosen.shape[0], spacing)])
+
+
+@pruner("attention")
+def attention(scores: Tensor, grid: Tensor, count: int) -> Tensor:
+    """Stage I alone: the tokens with most attention."""
+    return scores.topk(count).indices
+
+
+@pruner("uniform", scored=False)
+def uniform(scores: Tensor, grid: Tensor, count: int, *, spacing: str = "grid") -> Tensor:
+    """Stage II alone: tokens evenly spread."""
+    return evenly(torch.arange(scores.shape[0], device=scores.device), grid, count, spacing)
+
+
+@pruner("random", scored=False)
+def random(scores: Tensor, grid: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Tokens at random, the same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(scores.shape[0], generator=generator)[:count].to(scores.device)
+
+
+@pruner("window", scored=False)
+def window(scores: Tensor, grid: Tensor, count: int, *, window: str = "middle") -> Tensor:
+    """One stretch of the sequence: its front, middle or back."""
+    start = {"front": 0, "middle": (scores.shape[0] - count) // 2, "back": scores.shape[0] - count}[window]
+    return torch.arange(start, start + count, device=scores.device)
+
+
+@pruner("frame", scored=False)
+def frame(scores: Tensor, grid: Tensor, count: int) -> Tensor:
+    """Whole time steps, evenly spaced; the last one is cut where the budget ends."""
+    steps, inverse = grid[:, 0].unique(return_inverse=True)
+    number = min(steps.shape[0], -(-count * steps.shape[0] // scores.shape[0]))
+    chosen = evenly(torch.arange(steps.shape[0], device=grid.device), grid, number, "sequence")
+    kept = torch.isin(inverse, chosen).nonzero().squeeze(1)
+    return kept[:count]
+
+
+@pruner("none", scored=False)
+def none(scores: Tensor, grid: Tensor, count: int) -> Tensor:
+    """Keep every visual token: unpruned speculation."""
+    return torch.arange(scores.shape[0], device=scores.device)

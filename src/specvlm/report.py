@@ -1,0 +1,156 @@
+"""The account of one answer: counts, seconds and memory, as `--json` prints them."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from specvlm.config import EngineConfig
+
+
+@dataclass
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int = 0
+    visual_tokens: int = 0  # prunable ones
+    kept_visual_tokens: int = 0  # of them, those that the draft saw
+    completion_tokens: int = 0  # with the end-of-sequence token
+
+
+@dataclass
+class Speculation:
+    """What drafting brought. A round is a target pass that verifies drafted tokens."""
+
+    rounds: int = 0
+    target_passes: int = 0  # the prefill and every pass after it
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_depth: list[int] = field(default_factory=list)  # rounds that accepted a node of depth 1, 2, ...
+
+    def add(self, parents: Sequence[int], accepted: Sequence[int]) -> None:
+        """Count one pass after the prefill: its drafted nodes' parents and its accepted nodes."""
+        self.target_passes += 1
+        if not parents:
+            return
+        self.rounds += 1
+        self.drafted_tokens += len(parents)
+        self.accepted_tokens += len(accepted)
+        self.accepted_per_depth += [0] * (len(accepted) - len(self.accepted_per_depth))
+        for depth in range(len(accepted)):
+            self.accepted_per_depth[depth] += 1
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Accepted draft tokens a round, without the bonus token (the paper's MAT)."""
+        return self.accepted_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a round, with the bonus token (vLLM's acceptance length)."""
+        return 1 + self.mean_accepted_length
+
+
+class Seconds:
+    """Wall time by stage, each measured to the end of the device's work."""
+
+    def __init__(self) -> None:
+        self._stages = dict.fromkeys(("read", "encode", "prefill", "prune", "draft_prefill", "decode"), 0.0)
+        self._begin = time.perf_counter()
+        self.time_to_first_token = 0.0
+        self.total = 0.0
+
+    @contextmanager
+    def stage(self, name: str, *devices: torch.device) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        begin = time.perf_counter()
+        yield
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        self._stages[name] += time.perf_counter() - begin
+
+    def __getitem__(self, name: str) -> float:
+        return self._stages[name]
+
+    def start(self) -> None:
+        """Count time_to_first_token and total from now."""
+        self._begin = time.perf_counter()
+
+    def first_token(self) -> None:
+        """Note the time of the first token."""
+        self.time_to_first_token = time.perf_counter() - self._begin
+
+    def finish(self) -> None:
+        """Note the time of the last token."""
+        self.total = time.perf_counter() - self._begin
+
+    def to_dict(self) -> dict[str, float]:
+        """Return all stages, time_to_first_token and total, in seconds."""
+        return {**self._stages, "time_to_first_token": self.time_to_first_token, "total": self.total}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer and its account."""
+
+    text: str
+    token_ids: tuple[int, ...]  # with the end-of-sequence token, without anything behind it
+    finish_reason: str  # "stop": an end-of-sequence token or a stop string; "length": max_new_tokens
+    usage: Usage
+    speculation: Speculation
+    seconds: Seconds
+    peak_memory_bytes: int
+    config: EngineConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types, with the versions of what ran."""
+        speculation = dataclasses.asdict(self.speculation)
+        per_depth = speculation.pop("accepted_per_depth")
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": dataclasses.asdict(self.usage),
+            "speculation": {
+                **speculation,
+                "mean_accepted_length": self.speculation.mean_accepted_length,
+                "acceptance_length": self.speculation.acceptance_length,
+                "accepted_per_depth": per_depth,
+            },
+            "seconds": self.seconds.to_dict(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "config": dataclasses.asdict(self.config),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result."""
+    packages = ("specvlm", "torch", "transformers", "av")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def reset_peak(*devices: torch.device) -> None:
+    """Start measuring the peak memory of the GPUs among the devices."""
+    for device in set(devices):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def measure_peak(*devices: torch.device) -> int:
+    """Return the peak bytes allocated on the GPUs among the devices, or the process's peak where there is none."""
+    gpus = {device for device in devices if device.type == "cuda"}
+    if gpus:
+        return sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,206 @@
+"""Which drafted tokens stand: pure functions from the target's logits to what is accepted.
+
+Row 0 is the root (the last known token), row i + 1 is drafted node i. The logits of a row are the target's for the
+token after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specvlm.config import SamplingConfig
+from specvlm.tree import ancestors
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a round proposes: N nodes, breadth-first."""
+
+    tokens: Tensor  # [N] int64
+    parents: tuple[int, ...]  # -1 for children of the root
+    probs: Tensor | None = None  # [N + 1, vocab] when sampling: what the children of root and nodes were drawn from
+
+    @staticmethod
+    def empty() -> Draft:
+        """Propose nothing: the round is a plain decoding step."""
+        return Draft(torch.empty(0, dtype=torch.int64), ())
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What one round adds: the accepted nodes, from the root down, and their tokens with the bonus token after them."""
+
+    nodes: tuple[int, ...]
+    token_ids: tuple[int, ...]  # one more than nodes
+
+
+class Verifier:
+    """Judges the rounds of one request, greedily or by rejection sampling, and remembers the tokens that were seen.
+
+    Args:
+        sampling: how tokens are chosen.
+        seen: [vocab] bool, tokens of the prompt (`seen_in`); read for the repetition penalty alone.
+        generator: on the CPU.
+    """
+
+    def __init__(self, sampling: SamplingConfig, seen: Tensor, generator: torch.Generator) -> None:
+        self._sampling = sampling
+        self._seen = seen
+        self._generator = generator
+
+    def accept(self, logits: Tensor, draft: Draft) -> Accepted:
+        """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
+        tokens = draft.tokens.tolist()
+        if self._sampling.repetition_penalty != 1:
+            sees = ancestors(torch.tensor(draft.parents, dtype=torch.int64)).to(logits.device)
+            seen = seen_tokens(self._seen, draft.tokens.to(logits.device), sees)
+            logits = penalise(logits, seen, self._sampling.repetition_penalty)
+        if self._sampling.temperature == 0:
+            accepted = accept_greedy(logits, tokens, draft.parents)
+        else:
+            target_probs = logits_to_probs(logits, self._sampling)
+            draft_probs = torch.zeros_like(target_probs) if draft.probs is None else draft.probs.to(logits.device)
+            accepted = accept_sampled(target_probs, draft_probs, tokens, draft.parents, self._generator)
+        self._seen[list(accepted.token_ids)] = True
+        return accepted
+
+
+def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return [vocab] bool: which tokens occur (ids beyond the vocabulary are left out)."""
+    seen = torch.zeros(vocab_size, dtype=torch.bool, device=token_ids.device)
+    seen[token_ids[token_ids < vocab_size]] = True
+    return seen
+
+
+def seen_tokens(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
+    """Return which tokens stand before each row's next one.
+
+    Args:
+        seen: [vocab] bool, tokens of the prompt and of the text up to and with the root.
+        tokens: [N] int64, drafted nodes.
+        sees: [N, N] bool, node i sees node j (`tree.ancestors`).
+
+    Returns:
+        [N + 1, vocab] bool; a row's own path counts, its siblings' tokens do not.
+    """
+    rows = seen.repeat(tokens.shape[0] + 1, 1)
+    node, ancestor = sees.nonzero(as_tuple=True)
+    rows[node + 1, tokens[ancestor]] = True
+    return rows
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Apply the repetition penalty to logits [..., vocab] where `seen` holds (CTRL, arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def logits_to_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return the distribution to sample from, [N, vocab] float32: temperature, then top_k, top_p and min_p.
+
+    The order and the rules at ties are those of transformers' generate().
+    """
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ascending, order = logits.sort(-1)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped[..., -1] = False
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    probs = logits.softmax(-1)
+    if sampling.min_p > 0:
+        floor = sampling.min_p * probs.amax(-1, keepdim=True)
+        probs = logits.masked_fill(probs < floor, -torch.inf).softmax(-1)
+    return probs
+
+
+def _children(parents: Sequence[int]) -> list[list[int]]:
+    """Return the children of each row, in the draft's order."""
+    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
+    for node, parent in enumerate(parents):
+        children[parent + 1].append(node)
+    return children
+
+
+def accept_greedy(logits: Tensor, tokens: Sequence[int], parents: Sequence[int]) -> Accepted:
+    """Follow the target's argmax from the root as long as a drafted node agrees.
+
+    Args:
+        logits: [N + 1, vocab], rows as above.
+        tokens: N drafted tokens.
+        parents: N parents, -1 for children of the root.
+    """
+    choice = logits.argmax(-1).tolist()  # the round's one host synchronisation
+    children, row = _children(parents), 0
+    nodes: list[int] = []
+    while (match := next((node for node in children[row] if tokens[node] == choice[row]), None)) is not None:
+        nodes.append(match)
+        row = match + 1
+    return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), choice[row]))
+
+
+def accept_sampled(
+    target_probs: Tensor, draft_probs: Tensor, tokens: Sequence[int], parents: Sequence[int], generator: torch.Generator
+) -> Accepted:
+    """Accept by rejection so that every token is distributed as the target's (arXiv 2211.17192; trees: 2402.14020).
+
+    The children of a node are drawn one after another without replacement from the draft's distribution there. Each is
+    accepted with probability min(1, target / draft); after a rejection the target's distribution becomes the normalised
+    positive part of target - draft, and the rejected token leaves the draft's. What remains at the end of the path
+    gives the bonus token.
+
+    Args:
+        target_probs: [N + 1, vocab] float32.
+        draft_probs: [N + 1, vocab] float32, the distribution that a row's children were drawn from; zeros for leaves.
+        tokens: N drafted tokens, siblings in the order they were drawn.
+        parents: N parents, -1 for children of the root.
+        generator: on the CPU.
+    """
+    children, row = _children(parents), 0
+    nodes: list[int] = []
+    while True:
+        target, draft = target_probs[row], draft_probs[row]
+        accepted = None
+        for node in children[row]:
+            token = tokens[node]
+            ratio = target[token] / draft[token]
+            residual = (target - draft).clamp_min(0)
+            mass = residual.sum()
+            if torch.rand((), generator=generator).item() < ratio.item() or mass == 0:  # no mass: the two are equal
+                accepted = node
+                break
+            target = residual / mass
+            draft = draft.clone()
+            draft[token] = 0
+            draft = draft / draft.sum()
+        if accepted is None:
+            return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), draw(target, generator)))
+        nodes.append(accepted)
+        row = accepted + 1
+
+
+def draw(probs: Tensor, generator: torch.Generator) -> int:
+    """Draw one token from probs [vocab] with a generator on the CPU."""
+    return int(torch.multinomial(probs.cpu(), 1, generator=generator))
+
+
+def draw_children(probs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` distinct tokens a row one after another without replacement (Gumbel top-k, arXiv 1903.06059).
+
+    Args:
+        probs: [N, vocab] float32.
+        count: tokens a row.
+        generator: on the CPU.
+
+    Returns:
+        [N, count] int64, in the order drawn; -1 where a row has fewer tokens of positive probability.
+    """
+    uniform = torch.rand(probs.shape, generator=generator).to(probs.device).clamp_min(1e-38)
+    keys = probs.log() - (-uniform.log()).log()
+    top = keys.topk(count)
+    return top.indices.masked_fill(top.values == -torch.inf, -1)
