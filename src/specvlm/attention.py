@@ -71,7 +71,7 @@ class Scores:
         heads, num_rows, num_keys = query.shape[1], query.shape[2], key.shape[2]
         step = max(1, _SCORE_ELEMENTS // (heads * num_keys))
         columns = torch.arange(num_keys, device=key.device)
-        for rows in self.rows.split(step):
+        for rows in torch.split(self.rows, step):
             grouped = query[0, :, rows].reshape(key.shape[1], -1, query.shape[3])  # [H_kv, group * R, d]
             logits = (grouped @ key[0].transpose(1, 2)).float() * scaling
             logits = logits.view(heads, rows.shape[0], num_keys)

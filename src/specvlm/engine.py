@@ -17,10 +17,11 @@ from torch import Tensor
 from specvlm import draft as drafting
 from specvlm import prune, tree, verify, video
 from specvlm.config import EngineConfig, SamplingConfig
+from specvlm.draft import Context
 from specvlm.errors import CapacityError, ConfigError
 from specvlm.families import Inputs, Prompt
 from specvlm.families.base import Message
-from specvlm.model import VideoLM, check_pair
+from specvlm.model import Session, VideoLM, check_pair
 from specvlm.report import Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.text import Chunk, TextStream
 
@@ -46,10 +47,18 @@ class Request:
     usage: Usage = field(default_factory=Usage)
     speculation: Speculation = field(default_factory=Speculation)
     seconds: Seconds = field(default_factory=Seconds)
-    inputs: Inputs | None = None
-    prompt: Prompt | None = None  # the target's, unpruned
-    scores: Tensor | None = None  # [V] float32, zeros where the pruner reads none
-    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft sees
+    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A request after the target's prefill. `session.rollback()` makes it fit for another decode()."""
+
+    inputs: Inputs
+    prompt: Prompt  # the target's, unpruned
+    session: Session
+    logits: Tensor  # [vocab], for the first token
+    scores: Tensor  # [V] float32, the target's attention to the visual tokens; zeros where the pruner reads none
 
 
 class SpecVLM:
@@ -129,42 +138,56 @@ class SpecVLM:
 
     def rounds(self, request: Request) -> Iterator[Round]:
         """Yield one Round a target pass until the text ends: the loop of SpecVLM (arXiv 2508.16201, section 3)."""
-        config, stage = request.config, request.seconds.stage
-        target, device = self.target, self.target.device
-        generator = torch.Generator()
-        generator.seed() if config.sampling.seed is None else generator.manual_seed(config.sampling.seed)
-        drafter = drafting.create(config.draft, self.draft)
-        inputs = self.read(request)
-        with stage("encode", device):
-            prompt = request.prompt = target.encode(inputs)
-        request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
-        verifier = verify.Verifier(config.sampling, verify.seen_in(prompt.input_ids, target.vocab_size), generator)
-        ending = _Ending(config.sampling, target.eos_ids)
+        return self.decode(request, self.prefill(request))
 
-        with stage("prefill", device):
-            rows = _score_rows(prompt, target, config) if drafter.prunes and prune.needs_scores(config.prune) else None
+    def prefill(self, request: Request) -> Prefilled:
+        """Read, encode and prefill a request on the target, which scores the visual tokens on the way.
+
+        Raises:
+            MediaError: a file cannot be used.
+            CapacityError: prompt and new tokens exceed the target's context.
+        """
+        config, target, stage = request.config, self.target, request.seconds.stage
+        with stage("read", target.device):
+            inputs = self._read(request)
+        with stage("encode", target.device):
+            prompt = target.encode(inputs)
+        request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
+        with stage("prefill", target.device):
+            is_scored = self._drafter(config).prunes and prune.needs_scores(config.prune)
+            rows = _score_rows(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
-            session, logits, request.scores = target.start(prompt, room, rows)
-            draft = verify.Draft.empty()
-            accepted = verifier.accept(logits[None], draft)
+            session, logits, scores = target.start(prompt, room, rows)
         request.speculation.target_passes += 1
+        return Prefilled(inputs, prompt, session, logits, scores)
+
+    def decode(self, request: Request, start: Prefilled) -> Iterator[Round]:
+        """Propose, verify, accept, commit until the text ends. The first Round holds the prefill's own token."""
+        sampling, stage, device = request.config.sampling, request.seconds.stage, self.target.device
+        generator = torch.Generator()
+        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), generator)
+        ending, drafter = _Ending(sampling, self.target.eos_ids), self._drafter(request.config)
+
+        draft = verify.Draft.empty()
+        latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
         request.seconds.first_token()
-        yield (latest := ending.cut(draft, accepted))
+        yield latest
 
         if latest.finish_reason is None and drafter.prunes:
             with stage("prune", device):
-                request.keep = prune.select(request.scores, prompt.grid, prompt.visual_id, config.prune)
-            request.usage.kept_visual_tokens = request.keep.shape[0]
+                keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
+            request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
             with stage("draft_prefill", device, drafter.device):
-                drafter.begin(drafting.Context(target, inputs, prompt, request.keep, config.sampling, generator))
+                drafter.begin(Context(self.target, start.inputs, start.prompt, keep, sampling, generator))
         while latest.finish_reason is None:
             with stage("decode", device):
                 token = latest.token_ids[-1]
                 draft = drafter.propose(token, ending.left - 1)
                 tokens = torch.cat([torch.tensor([token], device=device), draft.tokens.to(device)])
-                logits = session.step(tokens, [-1, *(parent + 1 for parent in draft.parents)])
+                logits = start.session.step(tokens, [-1, *(parent + 1 for parent in draft.parents)])
                 accepted = verifier.accept(logits, draft)
-                session.keep([0, *(node + 1 for node in accepted.nodes)])
+                start.session.keep([0, *(node + 1 for node in accepted.nodes)])
                 drafter.commit(accepted)
             request.speculation.add(draft.parents, accepted.nodes)
             yield (latest := ending.cut(draft, accepted))
@@ -211,24 +234,21 @@ class SpecVLM:
             config=request.config,
         )
 
-    def read(self, request: Request) -> Inputs:
-        """Read the media of a request and return the target's inputs.
+    def _drafter(self, config: EngineConfig) -> drafting.Drafter:
+        return drafting.create(config.draft, self.draft)
 
-        Raises:
-            MediaError: a file cannot be used.
-            CapacityError: prompt and new tokens exceed the target's context.
-        """
+    def _read(self, request: Request) -> Inputs:
+        """Read the media of a request and return the target's inputs."""
         config, target = request.config, self.target
-        with request.seconds.stage("read", target.device):
-            items = [item for message in request.messages for item in _items(message) if item["type"] != "text"]
-            media = [video.load(item[item["type"]], config.video, kind=item["type"]) for item in items]
-            inputs = request.inputs = target.family.inputs(
-                request.messages,
-                media,
-                max_pixels=config.video.max_pixels,
-                total_pixels=config.video.total_pixels,
-                device=target.device,
-            )
+        items = [item for message in request.messages for item in _items(message) if item["type"] != "text"]
+        media = [video.load(item[item["type"]], config.video, kind=item["type"]) for item in items]
+        inputs = target.family.inputs(
+            request.messages,
+            media,
+            max_pixels=config.video.max_pixels,
+            total_pixels=config.video.total_pixels,
+            device=target.device,
+        )
         num_prompt, num_new = inputs.input_ids.shape[0], config.sampling.max_new_tokens
         if num_prompt + num_new > target.context_len:
             raise CapacityError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers import logging as hf_logging
+from transformers.utils import logging as hf_logging
 
 from specvlm import attention, tree
 from specvlm.cache import KVCache
@@ -54,7 +54,7 @@ class VideoLM:
         place = resolve_device(device)
         number = resolve_dtype(dtype, place)
         family_type = family_for(_model_type(name))
-        hf_logging.disable_progress_bar()
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             hf = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
@@ -166,6 +166,13 @@ class Session:
         plan = attention.Plan(tree=None if is_chain else sees.to(device))
         hidden = self.model.forward(self.model.embed(tokens), positions.expand(shape), self.cache, plan)
         return self.model.logits(hidden)
+
+    def rollback(self) -> None:
+        """Go back to the end of the prompt."""
+        self.cache.rollback(len(self._prompt))
+        self.position -= self.length - len(self._prompt)
+        self.length = len(self._prompt)
+        self._parents = []
 
     def keep(self, rows: Sequence[int]) -> None:
         """Make the tree rows `rows` (one path, from the root down) part of the text; forget the other tree rows."""

@@ -72,7 +72,7 @@ class TextStream:
         """Decode the whole answer. Text before the last line break is settled, so that long answers stay cheap."""
         ids = [token for token in self._ids[self._anchor :] if token not in self._eos_ids]
         tail = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = self._settled + tail
+        text: str = self._settled + tail
         if tail.endswith("\n"):
             self._settled, self._anchor = text, len(self._ids)
         return text
