@@ -21,6 +21,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -61,6 +63,9 @@ TEMPLATE = """\
 """
 QWEN_PLACEHOLDER = "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
 LLAVA_PLACEHOLDER = "<{{ part['type'] }}>\n"
+
+TILE = 35  # pixels a side of LLaVA's frames and tiles: 5 x 5 features, 3 x 3 once pooled
+PINPOINTS = [[TILE * rows, TILE * columns] for rows in range(1, 5) for columns in range(1, 5)]
 
 _root = Path(tempfile.mkdtemp(prefix="specvlm-tiny-"))
 atexit.register(shutil.rmtree, _root, ignore_errors=True)
@@ -133,11 +138,34 @@ def _qwen3_vl(part: str, ids: dict[str, int], vocab_size: int) -> Any:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**_qwen(part, ids, vocab_size, text, vision)))
 
 
-_BUILDERS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+def _llava_onevision(part: str, ids: dict[str, int], vocab_size: int) -> Any:
+    text = _text(part, vocab_size + 16 * (part == "draft"), model_type="qwen2")  # as 0.5B and 7B: padded differently
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": TILE, "patch_size": 7, "vision_use_head": False}  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=ids["<image>"],
+            video_token_index=ids["<video>"],
+            image_grid_pinpoints=PINPOINTS,
+        )
+    )
+
+
+_BUILDERS = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "llava_onevision": _llava_onevision,
+}
 
 
 def _processors(family: str) -> dict[str, Any]:
     """The processor files of a real checkpoint of the family, with small pixel bounds."""
+    if family == "llava_onevision":
+        return _llava_processors()
     patch = 16 if family == "qwen3_vl" else 14
     cell = (2 * patch) ** 2
     common = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
@@ -154,6 +182,21 @@ def _processors(family: str) -> dict[str, Any]:
         "preprocessor_config.json": image,
         "video_preprocessor_config.json": video,
         "processor_config.json": {"processor_class": names[family]},
+    }
+
+
+def _llava_processors() -> dict[str, Any]:
+    """Everything in processor_config.json, as transformers 5 saves it."""
+    size = {"size": {"height": TILE, "width": TILE}}
+    image = {**size, "image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": PINPOINTS}
+    return {
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_processor": image,
+            "video_processor": {**size, "video_processor_type": "LlavaOnevisionVideoProcessor"},
+            "num_image_tokens": (TILE // 7) ** 2,
+            "vision_feature_select_strategy": "full",
+        }
     }
 
 
@@ -174,7 +217,7 @@ def _perturb(model: Any, scale: float) -> None:
 def checkpoint(family: str, part: str = "target", seed: int = 0) -> str:
     """Build and save a checkpoint; return its directory."""
     directory = _root / f"{family}-{part}-{seed}"
-    tok = tokenizer(QWEN_PLACEHOLDER)
+    tok = tokenizer(LLAVA_PLACEHOLDER if family == "llava_onevision" else QWEN_PLACEHOLDER)
     ids = {token: tok.convert_tokens_to_ids(token) for token in SPECIALS}
     state = torch.random.get_rng_state()
     torch.manual_seed(1000 * seed + (part == "draft"))
@@ -197,6 +240,7 @@ _CLASSES = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
 }
 
 

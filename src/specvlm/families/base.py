@@ -20,7 +20,7 @@ class Visual:
     """One video or image of the prompt: its token grid."""
 
     kind: str  # "video" or "image"
-    grid: tuple[int, int, int]  # time steps, rows, columns of visual tokens (an image has one time step)
+    grid: tuple[int, int, int]  # time steps, rows, columns that bound its visual tokens; an image in tiles has 2 steps
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,13 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> Inputs:
         """Return a copy with every tensor on `device`."""
-        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.model_kwargs.items()}
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(item) for item in value]
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        kwargs = {key: moved(value) for key, value in self.model_kwargs.items()}
         return replace(self, input_ids=self.input_ids.to(device), model_kwargs=kwargs)
 
 

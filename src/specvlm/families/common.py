@@ -14,19 +14,11 @@ from torch import Tensor
 
 from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families.base import Inputs, Message, Prompt, Visual
-from specvlm.families.pixels import read_json
+from specvlm.families.pixels import Limits, read_json
 from specvlm.video import Frames
 
 _KINDS = ("image", "video")
 _TYPE_ID = {"image": 1, "video": 2}  # HF's mm_token_type_ids
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The caller's bounds on resized pixels, on top of the checkpoint's own."""
-
-    max_pixels: int | None = None
-    total_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +209,8 @@ class VisionFamily(ABC):
 
     def _token_ids(self, text: str, order: Sequence[Encoded]) -> Tensor:
         """Return the ids of the text, each placeholder repeated once per visual token; int64 [S]."""
-        items = iter(order)
-        text = self._expand(text, items)
+        texts = iter(order)
+        text = self._placeholder.sub(lambda _: next(texts).text, text)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         repeats = torch.ones_like(ids)
         repeats[self._type_ids(ids) > 0] = torch.tensor([run for e in order for run in e.runs], dtype=torch.int64)
@@ -230,10 +222,6 @@ class VisionFamily(ABC):
         for kind in _KINDS:
             types[ids == self._ids[kind]] = _TYPE_ID[kind]
         return types
-
-    def _expand(self, text: str, items: Any) -> str:
-        """Return the text with each placeholder replaced by its visual's own text."""
-        return self._placeholder.sub(lambda _: next(items).text, text)
 
 
 def _strip(content: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specvlm.errors import MediaError, UnsupportedModel
+from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -102,6 +102,30 @@ def normalize(pixels: Tensor, settings: Mapping[str, Any], channel_dim: int) -> 
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The caller's bounds on resized pixels, on top of the checkpoint's own."""
+
+    max_pixels: int | None = None  # of one frame
+    total_pixels: int | None = None  # of all frames of a video
+
+    def per_frame(self, num_frames: int, least: int) -> int | None:
+        """Return the most pixels that one of a video's frames may have, None without a bound.
+
+        Raises:
+            ConfigError: that is below `least`, the fewest that the model can see.
+        """
+        bounds = {"max_pixels": (self.max_pixels, least), "total_pixels": (self.total_pixels, least * num_frames)}
+        for name, (value, needed) in bounds.items():
+            if value is not None and value < needed:
+                raise ConfigError(
+                    f"{name}={value} is not allowed: {num_frames} frames of this model need at least {needed}; "
+                    "raise it or read fewer frames"
+                )
+        found = [value * least // needed for value, needed in bounds.values() if value is not None]
+        return min(found, default=None)
+
+
+@dataclass(frozen=True)
 class Budget:
     """Bounds on frames x height x width, and the unit that both sides must be a multiple of."""
 
@@ -109,7 +133,13 @@ class Budget:
     low: int
     high: int
     frames: int = 1  # frames that share the budget: 1 where it holds for each frame by itself
-    padded: int = 1  # the same, rounded as HF rounds it
+    padded: int = 1  # the same, rounded to whole time steps as HF rounds it
+    grows: bool = False  # a side below the cell is first scaled up to it, aspect kept (Qwen3-VL's videos)
+
+    def lowered(self, per_frame: int | None) -> Budget:
+        """Return the budget with at most `per_frame` pixels a frame."""
+        high = self.high if per_frame is None else min(self.high, per_frame * self.padded)
+        return replace(self, low=min(self.low, high), high=high)
 
 
 def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
@@ -119,6 +149,9 @@ def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
         MediaError: the frame is more than 200 times longer than wide, or the reverse.
     """
     cell = budget.cell
+    if budget.grows and min(height, width) < cell:
+        growth = max(cell / height, cell / width)
+        height, width = int(height * growth), int(width * growth)
     if max(height, width) > _MAX_ASPECT * min(height, width):
         raise MediaError(
             f"a frame of {width} x {height} pixels is more than {_MAX_ASPECT} times longer than wide, "

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import ConfigError
-from specvlm.families.base import Inputs, Visual, register
-from specvlm.families.common import Encoded, Limits, VisionFamily, cells
+from specvlm.families.base import Inputs, Message, Visual, register
+from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import (
     HALF,
     Budget,
+    Limits,
     fit,
     normalize,
     pad_frames,
@@ -55,27 +56,12 @@ def _bounds(settings: dict[str, Any]) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _lower(low: int, high: int, least: int, limits: dict[str, int | None]) -> tuple[int, int]:
-    """Return the bounds lowered to the caller's limits.
-
-    Raises:
-        ConfigError: a limit is below `least`, the pixels of the smallest video that the model can see.
-    """
-    for name, limit in limits.items():
-        if limit is None:
-            continue
-        if limit < least:
-            raise ConfigError(f"{name}={limit} is below the least possible, {least}: raise it or read fewer frames")
-        high = min(high, limit)
-    return min(low, high), high
-
-
 @register("qwen2_vl", "qwen2_5_vl")
 class QwenVL(VisionFamily):
     """Qwen2-VL and Qwen2.5-VL: every frame has its own pixel budget; Qwen2.5-VL's positions count seconds."""
 
     is_mrope = True
-    video_defaults = _VIDEO_DEFAULTS
+    video_defaults: ClassVar[dict[str, Any]] = _VIDEO_DEFAULTS
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         super().__init__(directory, config, tokenizer)
@@ -94,37 +80,36 @@ class QwenVL(VisionFamily):
         temporal, merge = settings["temporal_patch_size"], settings["merge_size"]
         pixels = frames.pixels
         if settings["do_resize"]:
-            budget = (self._image_budget if frames.kind == "image" else self._video_budget)(len(pixels), limits)
-            pixels = resize(pixels, self._size(pixels, budget), settings["resample"], device)
-        patches, (steps, rows, columns) = patchify(
-            pad_frames(pixels.to(device), temporal), settings["patch_size"], temporal, merge
-        )
+            size = fit(pixels.shape[2], pixels.shape[3], self._budget(frames, limits))
+            pixels = resize(pixels, size, settings["resample"], device)
+        padded = pad_frames(pixels.to(device), temporal)
+        patches, (steps, rows, columns) = patchify(padded, settings["patch_size"], temporal, merge)
         visual = Visual(frames.kind, (steps, rows // merge, columns // merge))
         text, runs = self._runs(frames, visual)
         return Encoded(visual, normalize(patches, settings, 1).flatten(1), text, runs, temporal / frames.fps)
 
-    def _size(self, pixels: Tensor, budget: Budget) -> tuple[int, int]:
-        return fit(pixels.shape[-2], pixels.shape[-1], budget)
-
-    def _image_budget(self, _: int, limits: Limits) -> Budget:
-        settings = self._processors["image"]
+    def _budget(self, frames: Frames, limits: Limits) -> Budget:
+        """Return the bounds on a resized image, or on one or all frames of a video."""
+        settings = self._processors[frames.kind]
         cell = settings["patch_size"] * settings["merge_size"]
-        return Budget(cell, *_lower(*_bounds(settings), cell * cell, {"max_pixels": limits.max_pixels}))
+        if frames.kind == "image":
+            budget = Budget(cell, *_bounds(settings))
+            limits = replace(limits, total_pixels=None)
+        else:
+            budget = self._video_budget(cell, len(frames.pixels))
+        return budget.lowered(limits.per_frame(len(frames.pixels), cell * cell))
 
-    def _video_budget(self, num_frames: int, limits: Limits) -> Budget:
-        """Return the bounds of one frame of a video."""
+    def _video_budget(self, cell: int, num_frames: int) -> Budget:
+        """Return the checkpoint's bounds on one frame of a video."""
         settings = self._processors["video"]
-        cell = settings["patch_size"] * settings["merge_size"]
         low, high = _bounds(settings)
         if settings["cap_pixels_per_frame"]:
             total = int(settings["max_video_tokens"] * cell * cell * 0.9)
             high = max(min(high, total * settings["temporal_patch_size"] // num_frames), int(low * 1.05))
-        share = limits.total_pixels and limits.total_pixels // num_frames
-        both = {"max_pixels": limits.max_pixels, f"total_pixels / {num_frames} frames": share}
-        return Budget(cell, *_lower(low, high, cell * cell, both))
+        return Budget(cell, low, high)
 
     def _runs(self, frames: Frames, visual: Visual) -> tuple[str, tuple[int, ...]]:
-        """Return the text that stands for a visual and the tokens of each placeholder in it."""
+        """Return the text that stands for a visual and the number of tokens of each placeholder in it."""
         return self._tokens[visual.kind], (math.prod(visual.grid),)
 
     def _model_kwargs(self, kind: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
@@ -145,6 +130,46 @@ class QwenVL(VisionFamily):
 
 @register("qwen3_vl")
 class Qwen3VL(QwenVL):
-    """Qwen3-VL: one pixel budget for all frames of a video, and each merged frame's time written before it."""
+    """Qwen3-VL: one pixel budget for all frames of a video, and each time step's seconds written before it.
+
+    A video is `<0.5 seconds><|vision_start|>...<|vision_end|>` a time step, in place of the chat template's own start
+    and end marker, as the model was released with. transformers 5.17 and 5.23 leave the template's pair around the
+    whole (vllm-project/vllm#46817); pixels, grids and everything else are equal to theirs.
+    """
 
     video_defaults = _QWEN3_VIDEO_DEFAULTS
+
+    def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
+        super().__init__(directory, config, tokenizer)
+        start, end = tokenizer.convert_ids_to_tokens([config.vision_start_token_id, config.vision_end_token_id])
+        self._step = f"{start}{self._tokens['video']}{end}"
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return super()._render(messages).replace(self._step, self._tokens["video"])
+
+    def _encode_one(self, frames: Frames, limits: Limits, device: torch.device | str) -> Encoded:
+        if frames.kind == "video":  # HF refuses a video of fewer frames than one time step; here it is padded
+            least = self._processors["video"]["temporal_patch_size"]
+            if len(frames.pixels) < least:
+                pixels, seconds = pad_frames(frames.pixels, least), pad_frames(frames.seconds, least)
+                frames = replace(frames, pixels=pixels, seconds=seconds)
+        return super()._encode_one(frames, limits, device)
+
+    def _video_budget(self, cell: int, num_frames: int) -> Budget:
+        """Return the checkpoint's bounds on all frames of a video together."""
+        settings = self._processors["video"]
+        temporal = settings["temporal_patch_size"]
+        low, high = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
+        if settings["cap_pixels_per_frame"]:
+            share = min(settings["max_video_tokens"] * cell * cell, high // num_frames)
+            high = max(share, int(low * 1.05)) * num_frames
+        return Budget(cell, low, high, num_frames, round(num_frames / temporal) * temporal, grows=True)
+
+    def _runs(self, frames: Frames, visual: Visual) -> tuple[str, tuple[int, ...]]:
+        if visual.kind == "image":
+            return super()._runs(frames, visual)
+        steps, rows, columns = visual.grid
+        temporal = self._processors["video"]["temporal_patch_size"]
+        seconds = pad_frames(frames.seconds.double(), temporal).view(steps, temporal)
+        middles = ((seconds[:, 0] + seconds[:, -1]) / 2).tolist()
+        return "".join(f"<{middle:.1f} seconds>{self._step}" for middle in middles), (rows * columns,) * steps
