@@ -1,12 +1,17 @@
 """Lossless speculative decoding for video language models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from specvlm.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfig, VideoConfig
-from specvlm.engine import Request, Round, SpecVLM
 from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
-from specvlm.prune import pruner
-from specvlm.report import Generation
-from specvlm.text import Chunk
-from specvlm.video import Frames
+
+if TYPE_CHECKING:
+    from specvlm.engine import Request, Round, SpecVLM
+    from specvlm.prune import pruner
+    from specvlm.report import Generation
+    from specvlm.text import Chunk
+    from specvlm.video import Frames
 
 __all__ = [
     "CapacityError",
@@ -27,3 +32,20 @@ __all__ = [
     "VideoConfig",
     "pruner",
 ]
+
+_HEAVY = {  # names whose module imports torch: 3 to 5 seconds, which `specvlm --help` need not wait for
+    "Chunk": "text",
+    "Frames": "video",
+    "Generation": "report",
+    "Request": "engine",
+    "Round": "engine",
+    "SpecVLM": "engine",
+    "pruner": "prune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for."""
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)

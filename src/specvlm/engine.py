@@ -6,7 +6,7 @@ rounds() is the loop, one item a target pass; stream() turns tokens into text; g
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -218,11 +218,15 @@ class SpecVLM:
         """Return the whole answer with its account. Arguments and errors are those of `stream`."""
         return self.generate_request(self.request(source, prompt, **settings))
 
-    def generate_request(self, request: Request) -> Generation:
-        """Run a request to its end and return the answer with its account."""
+    def generate_request(self, request: Request, on_chunk: Callable[[Chunk], None] | None = None) -> Generation:
+        """Run a request to its end and return the answer with its account; `on_chunk` sees each chunk as it comes."""
         devices = {self.target.device, (self.draft or self.target).device}
         reset_peak(*devices)
-        chunks = list(self.stream_request(request))
+        chunks = []
+        for chunk in self.stream_request(request):
+            chunks.append(chunk)
+            if on_chunk is not None:
+                on_chunk(chunk)
         return Generation(
             text="".join(chunk.text for chunk in chunks),
             token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),

@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -68,10 +68,12 @@ class Seconds:
         self._begin = time.perf_counter()
         self.time_to_first_token = 0.0
         self.total = 0.0
+        self.on_stage: Callable[[str], None] = lambda name: None  # told which stage begins
 
     @contextmanager
     def stage(self, name: str, *devices: torch.device) -> Iterator[None]:
         """Add the time of the block to a stage."""
+        self.on_stage(name)
         begin = time.perf_counter()
         yield
         for device in devices:
