@@ -60,12 +60,18 @@ class PruneConfig:
     keep_tokens: int | None = _setting(None, "number of visual tokens that the draft sees (instead of --keep-ratio)")
     pruner: str = _setting("verifier", "how they are chosen", choices="pruners")
     mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
-    spacing: str = _setting("grid", "stage II: even spacing on the time x row x column grid, or along the sequence",
-                            choices=("grid", "sequence"))
+    spacing: str = _setting(
+        "grid",
+        "stage II: even spacing on the time x row x column grid, or along the sequence",
+        choices=("grid", "sequence"),
+    )
     window: str = _setting("middle", "which part the window pruner keeps", choices=("front", "middle", "back"))
     per_visual: bool = _setting(False, "share the budget between videos and images in proportion to their tokens")
-    score_rows: str = _setting("text", "text rows whose attention scores the visual tokens: all after the last visual, "
-                                       "or those of the last user turn", choices=("text", "last_turn"))
+    score_rows: str = _setting(
+        "text",
+        "text rows whose attention scores the visual tokens: all after the last visual, or those of the last user turn",
+        choices=("text", "last_turn"),
+    )
     prune_seed: int = _setting(0, "seed of the random pruner")
 
     def __post_init__(self) -> None:
@@ -108,8 +114,10 @@ class DraftConfig:
 
     drafter: str = _setting("model", "who drafts; none is plain decoding", choices="drafters")
     tree: str | tuple[str, ...] = _setting(
-        "paper", "what is drafted a round: 'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of "
-                 "child-rank paths such as 0,1,00,01")
+        "paper",
+        "what is drafted a round: 'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of "
+        "child-rank paths such as 0,1,00,01",
+    )
 
 
 @dataclass(frozen=True)

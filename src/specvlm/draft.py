@@ -26,7 +26,7 @@ class Context:
     prompt: Prompt  # the target's, unpruned
     keep: Tensor  # [K] int64, ascending indices of the kept visual tokens
     sampling: SamplingConfig
-    generator: torch.Generator
+    dice: verify.Dice
 
 
 class Drafter(Protocol):
@@ -63,14 +63,19 @@ def drafter(name: str) -> Callable[[type], type]:
     return add
 
 
-def create(config: DraftConfig, model: VideoLM | None) -> Drafter:
-    """Return a new drafter; without a draft model, "model" falls back to plain decoding.
+def check(config: DraftConfig) -> None:
+    """Refuse what no drafter can serve.
 
     Raises:
-        ConfigError: there is no drafter of that name; the message lists the known.
+        ConfigError: there is no drafter of that name (the known are listed) or no such tree.
     """
     if config.drafter not in DRAFTERS:
         raise ConfigError(f"drafter={config.drafter!r} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
+    tree.parse(config.tree)
+
+
+def create(config: DraftConfig, model: VideoLM | None) -> Drafter:
+    """Return a new drafter; without a draft model, "model" falls back to plain decoding."""
     return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter](model, config)
 
 
@@ -144,7 +149,7 @@ class ModelDrafter:
 
     def begin(self, context: Context) -> None:
         """Encode, prune and prefill the prompt on the draft."""
-        model, self._sampling, self._generator = self._model, context.sampling, context.generator
+        model, self._sampling, self._dice = self._model, context.sampling, context.dice
         same = model is context.target
         prompt = context.prompt if same else model.encode(context.inputs)
         self._vocab_size = context.target.vocab_size
@@ -220,7 +225,7 @@ class ModelDrafter:
             return logits.topk(count).indices
         rows = verify.logits_to_probs(logits, self._sampling)
         probs[torch.tensor(running, device=probs.device) + 1, : self._shared] = rows
-        return verify.draw_children(rows, count, self._generator)
+        return self._dice.draw_children(rows, count)
 
     def _without_missing(self, draft: Draft) -> Draft:
         """Leave out nodes for which the draft's distribution had no token left, and all below them."""

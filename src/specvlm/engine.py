@@ -127,6 +127,8 @@ class SpecVLM:
             ConfigError: a setting is unknown or not allowed.
         """
         config = self.config.replace(**settings)
+        drafting.check(config.draft)
+        prune.get(config.prune.pruner)
         if isinstance(source, Sequence) and source and isinstance(source[0], dict):
             if prompt is not None:
                 raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
@@ -164,9 +166,8 @@ class SpecVLM:
     def decode(self, request: Request, start: Prefilled) -> Iterator[Round]:
         """Propose, verify, accept, commit until the text ends. The first Round holds the prefill's own token."""
         sampling, stage, device = request.config.sampling, request.seconds.stage, self.target.device
-        generator = torch.Generator()
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), generator)
+        dice = verify.Dice(sampling.seed)
+        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
         ending, drafter = _Ending(sampling, self.target.eos_ids), self._drafter(request.config)
 
         draft = verify.Draft.empty()
@@ -179,7 +180,7 @@ class SpecVLM:
                 keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
             request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
             with stage("draft_prefill", device, drafter.device):
-                drafter.begin(Context(self.target, start.inputs, start.prompt, keep, sampling, generator))
+                drafter.begin(Context(self.target, start.inputs, start.prompt, keep, sampling, dice))
         while latest.finish_reason is None:
             with stage("decode", device):
                 token = latest.token_ids[-1]

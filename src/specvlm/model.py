@@ -57,7 +57,7 @@ class VideoLM:
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
+            hf: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"cannot load {name}: {_first_line(error)}") from error
         family = family_type(name, hf.config, tokenizer)
@@ -174,6 +174,7 @@ class Session:
         self.length = len(self._prompt)
         self._parents = []
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Make the tree rows `rows` (one path, from the root down) part of the text; forget the other tree rows."""
         self.cache.keep(self.length, rows)

@@ -38,19 +38,52 @@ class Accepted:
     token_ids: tuple[int, ...]  # one more than nodes
 
 
+class Dice:
+    """The randomness of one request, drawn on the CPU so that a seed means the same on every device."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def happens(self, probability: float) -> bool:
+        """Return True with this probability; certain from 1 on."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < probability
+
+    def draw(self, probs: Tensor) -> int:
+        """Draw one token from probs [vocab]."""
+        return int(torch.multinomial(probs.cpu(), 1, generator=self._generator))
+
+    def draw_children(self, probs: Tensor, count: int) -> Tensor:
+        """Draw `count` distinct tokens a row, one after another without replacement (Gumbel top-k, arXiv 1903.06059).
+
+        Args:
+            probs: [N, vocab] float32.
+            count: tokens a row.
+
+        Returns:
+            [N, count] int64, in the order drawn; -1 where a row has fewer tokens of positive probability.
+        """
+        exponential = torch.empty(probs.shape).exponential_(generator=self._generator).to(probs.device)
+        top = (probs.log() - exponential.log()).topk(count)
+        return top.indices.masked_fill(top.values == -torch.inf, -1)
+
+
 class Verifier:
     """Judges the rounds of one request, greedily or by rejection sampling, and remembers the tokens that were seen.
 
     Args:
         sampling: how tokens are chosen.
         seen: [vocab] bool, tokens of the prompt (`seen_in`); read for the repetition penalty alone.
-        generator: on the CPU.
+        dice: randomness, read when sampling.
     """
 
-    def __init__(self, sampling: SamplingConfig, seen: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, sampling: SamplingConfig, seen: Tensor, dice: Dice) -> None:
         self._sampling = sampling
         self._seen = seen
-        self._generator = generator
+        self._dice = dice
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
@@ -64,7 +97,7 @@ class Verifier:
         else:
             target_probs = logits_to_probs(logits, self._sampling)
             draft_probs = torch.zeros_like(target_probs) if draft.probs is None else draft.probs.to(logits.device)
-            accepted = accept_sampled(target_probs, draft_probs, tokens, draft.parents, self._generator)
+            accepted = accept_sampled(target_probs, draft_probs, tokens, draft.parents, self._dice)
         self._seen[list(accepted.token_ids)] = True
         return accepted
 
@@ -145,7 +178,7 @@ def accept_greedy(logits: Tensor, tokens: Sequence[int], parents: Sequence[int])
 
 
 def accept_sampled(
-    target_probs: Tensor, draft_probs: Tensor, tokens: Sequence[int], parents: Sequence[int], generator: torch.Generator
+    target_probs: Tensor, draft_probs: Tensor, tokens: Sequence[int], parents: Sequence[int], dice: Dice
 ) -> Accepted:
     """Accept by rejection so that every token is distributed as the target's (arXiv 2211.17192; trees: 2402.14020).
 
@@ -159,7 +192,7 @@ def accept_sampled(
         draft_probs: [N + 1, vocab] float32, the distribution that a row's children were drawn from; zeros for leaves.
         tokens: N drafted tokens, siblings in the order they were drawn.
         parents: N parents, -1 for children of the root.
-        generator: on the CPU.
+        dice: decides what is accepted and draws the bonus token.
     """
     children, row = _children(parents), 0
     nodes: list[int] = []
@@ -171,7 +204,7 @@ def accept_sampled(
             ratio = target[token] / draft[token]
             residual = (target - draft).clamp_min(0)
             mass = residual.sum()
-            if torch.rand((), generator=generator).item() < ratio.item() or mass == 0:  # no mass: the two are equal
+            if dice.happens(float(ratio)) or mass == 0:  # no mass: the two are equal
                 accepted = node
                 break
             target = residual / mass
@@ -179,28 +212,6 @@ def accept_sampled(
             draft[token] = 0
             draft = draft / draft.sum()
         if accepted is None:
-            return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), draw(target, generator)))
+            return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), dice.draw(target)))
         nodes.append(accepted)
         row = accepted + 1
-
-
-def draw(probs: Tensor, generator: torch.Generator) -> int:
-    """Draw one token from probs [vocab] with a generator on the CPU."""
-    return int(torch.multinomial(probs.cpu(), 1, generator=generator))
-
-
-def draw_children(probs: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` distinct tokens a row one after another without replacement (Gumbel top-k, arXiv 1903.06059).
-
-    Args:
-        probs: [N, vocab] float32.
-        count: tokens a row.
-        generator: on the CPU.
-
-    Returns:
-        [N, count] int64, in the order drawn; -1 where a row has fewer tokens of positive probability.
-    """
-    uniform = torch.rand(probs.shape, generator=generator).to(probs.device).clamp_min(1e-38)
-    keys = probs.log() - (-uniform.log()).log()
-    top = keys.topk(count)
-    return top.indices.masked_fill(top.values == -torch.inf, -1)

@@ -1,0 +1,39 @@
+# make demo: install into .venv and describe the shipped clip with the bundled pair.
+# make test: install into .venv and run all checks.
+# Python 3.11 or newer is all that must be there.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+CLIP := src/specvlm/bundled/clips/example.mp4
+
+.PHONY: demo test lint acceptance clean
+
+# torch comes first and pinned: left to itself, pip takes a build with several gigabytes of GPU packages
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e .
+	touch $@
+
+# torchvision, without its own choice of torch, is the oracle for pixels; 5.17 is the older transformers that is served
+.venv/test: .venv/demo
+	$(BIN)/pip install -q -e ".[test]" "transformers==5.23.0"
+	$(BIN)/pip install -q --no-deps torchvision==0.28.0
+	$(BIN)/pip install -q --no-deps --target .venv/transformers-5.17 transformers==5.17.0
+	touch $@
+
+demo: .venv/demo
+	$(BIN)/specvlm describe $(CLIP) "Describe the video in detail." --stats
+	$(BIN)/specvlm compare $(CLIP) "Describe the video in detail."
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n 2
+	PYTHONPATH=.venv/transformers-5.17 $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,304 @@
+"""The engine on tiny random models of every family: the tokens of plain decoding and of transformers' generate()."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from conftest import load
+
+from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune, tree, verify
+from specvlm.engine import _score_rows
+from specvlm.errors import CapacityError
+
+PROMPT = "What happens in the video? Two balls follow the red one to the left."
+LENGTH = 24
+
+
+def ask(model, **settings):
+    return model.generate(tiny.video(6), PROMPT, **{"max_new_tokens": LENGTH, **settings})
+
+
+def transformers_ids(model, source=None, prompt=PROMPT, **options):
+    """What transformers' own generate() answers, given the same inputs."""
+    source = tiny.video(6) if source is None else source
+    inputs = model.prefill(model.request(source, prompt)).inputs
+    options = {"max_new_tokens": LENGTH, "do_sample": False, **options}
+    out = model.target.hf.generate(input_ids=inputs.input_ids[None], **inputs.model_kwargs, **options)
+    return tuple(out[0, inputs.input_ids.shape[0] :].tolist())
+
+
+def test_greedy_ids_are_those_of_plain_decoding_and_of_transformers(pair):
+    plain = ask(pair, drafter="none")
+    assert len(set(plain.token_ids)) > LENGTH // 2  # a text of one repeated token would prove little
+    assert plain.token_ids == transformers_ids(pair)
+    accepted = 0
+    for pruner, keep_ratio, spec in itertools.product(prune.PRUNERS, (1.0, 0.1), ("paper", "chain:4", "0,1,2,00")):
+        answer = ask(pair, pruner=pruner, keep_ratio=keep_ratio, tree=spec)
+        assert answer.token_ids == plain.token_ids, (pruner, keep_ratio, spec)
+        assert answer.text == plain.text
+        accepted += answer.speculation.accepted_tokens
+    assert accepted > 0
+
+
+def test_a_small_draft_of_other_width_and_vocabulary_is_lossless(family):
+    model = SpecVLM(load(family, "target"), load(family, "draft"))
+    assert ask(model).token_ids == ask(model, drafter="none").token_ids
+
+
+def test_the_target_as_its_own_draft_accepts_the_whole_tree(family):
+    target = load(family, "target")
+    model = SpecVLM(target, target)
+    answer = ask(model, keep_ratio=1.0, max_new_tokens=1 + 6 * 4)
+    assert answer.speculation.mean_accepted_length == 5.0
+    assert answer.speculation.rounds == 4
+    assert answer.speculation.target_passes == 5
+    assert answer.speculation.accepted_per_depth == [4] * 5
+    assert answer.speculation.drafted_tokens == 4 * 25
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_max_new_tokens_is_exact(length):
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
+    whole, answer = ask(model), ask(model, max_new_tokens=length)
+    assert answer.token_ids == whole.token_ids[:length]
+    assert answer.finish_reason == "length"
+    assert answer.usage.completion_tokens == length
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_any_eos_id_ends_the_text_inside_an_accepted_block(place, monkeypatch):
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
+    whole = ask(model)
+    eos = whole.token_ids[place]
+    monkeypatch.setattr(model.target, "eos_ids", frozenset({eos, 10**6}))
+    answer, plain = ask(model), ask(model, drafter="none")
+    assert answer.token_ids == whole.token_ids[: whole.token_ids.index(eos) + 1] == plain.token_ids
+    assert answer.finish_reason == "stop"
+    assert answer.text == plain.text
+    assert ask(model, ignore_eos=True).token_ids == whole.token_ids
+
+
+def test_a_stop_string_is_cut_off_wherever_it_falls():
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
+    whole = ask(model).text
+    stop = next(whole[i : i + 3] for i in range(4, len(whole)) if "\ufffd" not in whole[i : i + 3])
+    answer, plain = ask(model, stop=(stop, "never there")), ask(model, stop=(stop,), drafter="none")
+    assert answer.text == whole[: whole.index(stop)] == plain.text
+    assert answer.token_ids == plain.token_ids == ask(model).token_ids[: len(plain.token_ids)]
+    assert answer.finish_reason == "stop"
+
+
+def test_two_requests_may_interleave_on_one_model(pair):
+    questions = (PROMPT, "Describe the image.")
+    alone = [pair.generate(tiny.video(6), question, max_new_tokens=LENGTH).token_ids for question in questions]
+    streams = [pair.stream(tiny.video(6), question, max_new_tokens=LENGTH) for question in questions]
+    together = [[], []]
+    for chunks in itertools.zip_longest(*streams):
+        for tokens, chunk in zip(together, chunks, strict=True):
+            tokens += chunk.token_ids if chunk else ()
+    assert [tuple(tokens) for tokens in together] == alone
+
+
+def test_streamed_pieces_are_the_whole_text(pair):
+    chunks = list(pair.stream(tiny.video(6), PROMPT, max_new_tokens=LENGTH))
+    whole = ask(pair)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason
+    assert len(chunks) == whole.speculation.target_passes
+
+
+def test_repetition_penalty_is_transformers(pair):
+    expected = transformers_ids(pair, repetition_penalty=1.4)
+    assert expected != transformers_ids(pair)
+    answer = ask(pair, repetition_penalty=1.4, keep_ratio=1.0)
+    assert answer.token_ids == expected
+    assert answer.speculation.accepted_tokens > 0
+
+
+def test_text_without_a_video(pair):
+    pair.generate(tiny.video(6), PROMPT, max_new_tokens=4)  # leaves M-RoPE deltas behind on the module
+    answer = pair.generate(None, PROMPT, max_new_tokens=LENGTH)
+    assert answer.usage.visual_tokens == answer.usage.kept_visual_tokens == 0
+    inputs = pair.prefill(pair.request(None, PROMPT)).inputs
+    out = pair.target.hf.generate(
+        input_ids=inputs.input_ids[None], **inputs.model_kwargs, max_new_tokens=LENGTH, do_sample=False
+    )
+    assert answer.token_ids == tuple(out[0, inputs.input_ids.shape[0] :].tolist())
+
+
+def test_several_videos_and_images_over_several_turns(pair):
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": tiny.video(4, seed=1)},
+                {"type": "text", "text": "and then"},
+                {"type": "image", "image": tiny.image(seed=2)},
+                {"type": "text", "text": "What happens?"},
+            ],
+        },
+        {"role": "assistant", "content": "The red ball rolls."},
+        {
+            "role": "user",
+            "content": [{"type": "video", "video": tiny.video(4, seed=3)}, {"type": "text", "text": "And here?"}],
+        },
+    ]
+    plain = pair.generate(messages, max_new_tokens=LENGTH, drafter="none")
+    for settings in ({}, {"per_visual": True, "keep_ratio": 0.3}, {"score_rows": "last_turn"}):
+        answer = pair.generate(messages, max_new_tokens=LENGTH, **settings)
+        assert answer.token_ids == plain.token_ids
+        assert 0 < answer.usage.kept_visual_tokens < answer.usage.visual_tokens
+    assert plain.token_ids == transformers_ids(pair, messages, None)
+
+
+def test_scores_are_the_eager_attention_of_the_text_rows(pair):
+    """Oracle: transformers' own eager attention maps of the whole prompt."""
+    request = pair.request(tiny.video(6), PROMPT)
+    start = pair.prefill(request)
+    hf, prompt = pair.target.hf, start.prompt
+    hf.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.inference_mode():
+            out = hf(
+                input_ids=start.inputs.input_ids[None],
+                **start.inputs.model_kwargs,
+                output_attentions=True,
+                use_cache=False,
+            )
+    finally:
+        hf.set_attn_implementation({"text_config": "specvlm"})
+    maps = torch.stack(out.attentions)[:, 0]  # [layers, heads, S, S]
+    first = int(prompt.visual_index[-1]) + 1
+    expected = maps[:, :, first:, :].mean((0, 1, 2))[prompt.visual_index]
+    torch.testing.assert_close(start.scores, expected, rtol=0, atol=1e-6)
+    assert start.scores.sum() > 0.01
+    torch.testing.assert_close(start.logits, out.logits[0, -1], rtol=0, atol=1e-4)
+
+
+def test_the_last_turn_can_score_alone(pair):
+    messages = [
+        *tiny.messages("video", "What happens?"),
+        {"role": "assistant", "content": "The red ball rolls."},
+        {"role": "user", "content": "And then?"},
+    ]
+    messages[0]["content"][0]["video"] = tiny.video(6)
+    ids = pair.prefill(pair.request(messages)).inputs.input_ids.tolist()
+    start = pair.prefill(pair.request(messages, score_rows="last_turn"))
+    config = pair.request(messages, score_rows="last_turn").config
+    rows = _score_rows(start.prompt, pair.target, config)
+    text = pair.target.tokenizer.decode([ids[row] for row in rows.tolist()])
+    assert text.startswith("<|im_start|>user\nAnd then?")
+    everything = pair.prefill(pair.request(messages))
+    assert not torch.allclose(everything.scores, start.scores)
+    torch.testing.assert_close(everything.logits, start.logits, rtol=0, atol=1e-4)
+
+
+def test_a_tree_pass_gives_what_its_paths_give_alone(pair):
+    """Every row of the paper's tree, also after a rollback and a commit, against its path run as plain text."""
+    start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
+    topology = tree.parse("paper")
+    tokens = torch.randint(0, 250, (26,), generator=torch.Generator().manual_seed(0))
+    parents = [-1, *(parent + 1 for parent in topology.parents)]
+    start.session.step(tokens.flip(0), parents)
+    start.session.keep([0, 1, 5])
+    start.session.rollback()
+    logits = start.session.step(tokens, parents)
+    sees = tree.ancestors(torch.tensor(parents))
+    for row in range(26):
+        start.session.rollback()
+        path = tokens[sees[row]]
+        alone = start.session.step(path, range(-1, len(path) - 1))
+        torch.testing.assert_close(logits[row], alone[-1], rtol=0, atol=1e-3)
+
+
+def test_sampling_end_to_end_has_the_targets_law():
+    """Chi-square over the first three tokens (27 of them at top_k 3), 1,500 seeds.
+
+    The law is exact, from the target's logits. The statistic of 26 degrees of freedom exceeds 85 with probability 3e-8.
+    """
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    settings = {"temperature": 1.5, "top_k": 3, "max_new_tokens": 3, "tree": "0,1,00", "keep_ratio": 1.0}
+    start = model.prefill(model.request(tiny.video(2), PROMPT, **settings))
+    sampling = model.request(None, **settings).config.sampling
+
+    def follow(path):
+        start.session.rollback()
+        logits = start.session.step(torch.tensor(path), range(-1, len(path) - 1))[-1:] if path else start.logits[None]
+        return verify.logits_to_probs(logits, sampling)[0]
+
+    law = {}
+    for one in follow([]).nonzero().flatten().tolist():
+        for two in follow([one]).nonzero().flatten().tolist():
+            for three in follow([one, two]).nonzero().flatten().tolist():
+                law[one, two, three] = (follow([])[one] * follow([one])[two] * follow([one, two])[three]).item()
+    assert len(law) == 27
+    counts, accepted = dict.fromkeys(law, 0), 0
+    for seed in range(1500):
+        start.session.rollback()
+        request = model.request(None, **settings, seed=seed)
+        counts[tuple(token for latest in model.decode(request, start) for token in latest.token_ids)] += 1
+        accepted += request.speculation.accepted_tokens
+    statistic = sum((counts[text] - 1500 * p) ** 2 / (1500 * p) for text, p in law.items())
+    assert statistic < 85
+    assert accepted > 500  # the law was kept by accepting, not by rejecting everything
+
+
+def test_a_seed_repeats_a_sampled_text(pair):
+    settings = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "tree": "paper"}
+    first, again, other = (ask(pair, seed=seed, **settings).token_ids for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_account_adds_up(pair):
+    answer = ask(pair, keep_ratio=0.25)
+    account, usage = answer.speculation, answer.usage
+    assert account.accepted_tokens == sum(account.accepted_per_depth)
+    assert account.mean_accepted_length == account.accepted_tokens / account.rounds
+    assert account.acceptance_length == account.mean_accepted_length + 1
+    assert account.target_passes + account.accepted_tokens == usage.completion_tokens == LENGTH
+    assert usage.kept_visual_tokens == round(0.25 * usage.visual_tokens)
+    seconds = answer.seconds.to_dict()
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["time_to_first_token"] < seconds["total"]
+    stages = ("read", "encode", "prefill", "prune", "draft_prefill", "decode")
+    assert sum(seconds[stage] for stage in stages) <= seconds["total"]
+
+
+def test_a_prompt_beyond_the_context_is_refused(pair):
+    with pytest.raises(CapacityError, match=r"exceed the context of 4096 tokens: read fewer frames"):
+        ask(pair, max_new_tokens=4096)
+
+
+def test_a_draft_of_another_family_or_tokenizer_is_refused(monkeypatch):
+    target, other = load("qwen2_5_vl", "target"), load("qwen2_vl", "draft")
+    with pytest.raises(UnsupportedModel, match=r"is a qwen2_vl, target .* a qwen2_5_vl"):
+        SpecVLM(target, other)
+    draft = load("qwen2_5_vl", "draft")
+    vocabulary = dict(draft.tokenizer.get_vocab())
+    word = next(token for token, index in vocabulary.items() if index == 7)
+    vocabulary["other"] = vocabulary.pop(word)
+    monkeypatch.setattr(draft.tokenizer, "get_vocab", lambda: vocabulary)
+    with pytest.raises(UnsupportedModel, match=r"token 7 is .* and 'other'"):
+        SpecVLM(target, draft)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep_ration": 0.1}, "unknown setting 'keep_ration'"),
+        ({"keep_ratio": 0}, "keep_ratio=0"),
+        ({"keep_ratio": 2}, "keep_ratio=2"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"drafter": "oracle"}, "known are model, none"),
+        ({"pruner": "best"}, "known are attention"),
+        ({"tree": "chain:x"}, "chain:N"),
+        ({"temperature": -1}, "temperature=-1"),
+    ],
+)
+def test_a_bad_setting_is_named_before_any_work(settings, words):
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "draft"))
+    with pytest.raises(ConfigError, match=words):
+        model.request("no such file.mp4", **settings)

@@ -1,0 +1,136 @@
+"""Which visual tokens are kept."""
+
+import time
+
+import pytest
+import torch
+
+from specvlm import prune
+from specvlm.config import PruneConfig
+from specvlm.errors import ConfigError
+
+
+def cells(steps, rows, columns):
+    return torch.cartesian_prod(torch.arange(steps), torch.arange(rows), torch.arange(columns))
+
+
+def keep(config, grid, scores=None, visual_id=None):
+    total = grid.shape[0]
+    scores = torch.zeros(total) if scores is None else scores
+    visual_id = torch.zeros(total, dtype=torch.int64) if visual_id is None else visual_id
+    return prune.select(scores, grid, visual_id, config)
+
+
+@pytest.mark.parametrize("name", sorted(prune.PRUNERS))
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.1, 0.001])
+def test_every_pruner_keeps_ascending_distinct_tokens_within_the_budget(name, ratio):
+    grid = cells(8, 6, 7)
+    scores = torch.rand(len(grid), generator=torch.Generator().manual_seed(0))
+    config = PruneConfig(keep_ratio=ratio, pruner=name)
+    kept = keep(config, grid, scores)
+    expected = len(grid) if name == "none" else prune.budget(config, len(grid))
+    assert kept.shape[0] == expected
+    assert (kept.diff() > 0).all()
+    assert kept[0] >= 0
+    assert kept[-1] < len(grid)
+
+
+def test_stage_one_is_the_smallest_set_that_covers_the_mass():
+    scores = torch.tensor([0.05, 0.3, 0.05, 0.25, 0.05, 0.2, 0.05, 0.05])
+    grid = cells(1, 1, 8)
+    everything = {"keep_tokens": 8 - 1}
+    for mass, stage_one in ((0.3, {1}), (0.31, {1, 3}), (0.55, {1, 3}), (0.56, {1, 3, 5})):
+        kept = prune.verifier(scores, grid, len(stage_one), mass=mass)
+        assert set(kept.tolist()) == stage_one
+    kept = keep(PruneConfig(mass=0.3, **everything), grid, scores)
+    assert 1 in kept.tolist()
+
+
+def test_stage_one_is_capped_by_the_budget():
+    scores = torch.linspace(1, 2, 10)
+    kept = keep(PruneConfig(keep_tokens=3, mass=1.0), cells(1, 1, 10), scores)
+    assert kept.tolist() == [7, 8, 9]
+
+
+def test_without_attention_the_verifier_is_uniform():
+    grid = cells(4, 4, 4)
+    config = PruneConfig(keep_ratio=0.25, mass=0.0)
+    uniform = keep(PruneConfig(keep_ratio=0.25, pruner="uniform"), grid)
+    assert keep(config, grid, torch.rand(64)).tolist() == uniform.tolist()
+
+
+def test_grid_spacing_covers_every_block_where_sequence_spacing_meets_one_column():
+    grid = cells(8, 8, 8)
+    on_grid = grid[keep(PruneConfig(keep_tokens=64, pruner="uniform"), grid)]
+    blocks = (on_grid // 2).unique(dim=0)
+    assert blocks.shape[0] == 64  # one token in each 2 x 2 x 2 block
+    in_sequence = grid[keep(PruneConfig(keep_tokens=64, pruner="uniform", spacing="sequence"), grid)]
+    assert in_sequence[:, 2].unique().shape[0] == 1
+
+
+def test_random_repeats_with_its_seed():
+    grid = cells(4, 5, 5)
+    first, again, other = (
+        keep(PruneConfig(keep_ratio=0.2, pruner="random", prune_seed=seed), grid).tolist() for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("window", "expected"), [("front", [0, 1]), ("middle", [4, 5]), ("back", [8, 9])])
+def test_window(window, expected):
+    config = PruneConfig(keep_tokens=2, pruner="window", window=window)
+    assert keep(config, cells(10, 1, 1)).tolist() == expected
+
+
+def test_frame_keeps_whole_evenly_spaced_steps():
+    grid = cells(8, 3, 3)
+    kept = grid[keep(PruneConfig(keep_tokens=18, pruner="frame"), grid)]
+    assert kept[:, 0].unique(return_counts=True)[1].tolist() == [9, 9]
+    assert kept[:, 0].unique().tolist() == [2, 6]
+
+
+def test_budgets_of_several_visuals():
+    grid = torch.cat([cells(4, 5, 5), cells(1, 5, 4)])
+    visual_id = torch.tensor([0] * 100 + [1] * 20)
+    scores = torch.cat([torch.ones(100), torch.zeros(20)])
+    across = keep(PruneConfig(keep_ratio=0.1, pruner="attention"), grid, scores, visual_id)
+    assert (across < 100).all()
+    each = keep(PruneConfig(keep_ratio=0.1, pruner="attention", per_visual=True), grid, scores, visual_id)
+    assert ((each < 100).sum().item(), (each >= 100).sum().item()) == (10, 2)
+    frames = keep(PruneConfig(keep_tokens=25, pruner="frame"), grid, scores, visual_id)
+    assert frames.shape[0] <= 25
+
+
+def test_an_unknown_pruner_lists_the_known():
+    with pytest.raises(ConfigError, match=r"'best'.*verifier"):
+        keep(PruneConfig(pruner="best"), cells(1, 1, 4))
+
+
+def test_a_pruner_of_ones_own_is_a_choice_by_itself():
+    try:
+
+        @prune.pruner("first", scored=False)
+        def first(scores, grid, count, *, seed=0):
+            return torch.arange(count) + seed
+
+        assert keep(PruneConfig(pruner="first", keep_tokens=2, prune_seed=3), cells(1, 1, 9)).tolist() == [3, 4]
+        assert not prune.needs_scores(PruneConfig(pruner="first"))
+    finally:
+        prune.PRUNERS.pop("first", None)
+
+
+def test_nothing_to_prune():
+    assert keep(PruneConfig(), cells(0, 1, 1)).tolist() == []
+
+
+@pytest.mark.parametrize("name", sorted(prune.PRUNERS))
+def test_a_hundred_thousand_tokens_are_fast(name):
+    grid = cells(256, 20, 20)[:100_000]
+    scores = torch.rand(len(grid))
+    visual_id = torch.zeros(len(grid), dtype=torch.int64)
+    seconds = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        prune.select(scores, grid, visual_id, PruneConfig(pruner=name))
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.02
