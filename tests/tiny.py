@@ -162,7 +162,7 @@ _BUILDERS = {
 }
 
 
-def _processors(family: str) -> dict[str, Any]:
+def processors(family: str) -> dict[str, Any]:
     """The processor files of a real checkpoint of the family, with small pixel bounds."""
     if family == "llava_onevision":
         return _llava_processors()
@@ -231,7 +231,7 @@ def checkpoint(family: str, part: str = "target", seed: int = 0) -> str:
     )
     model.save_pretrained(directory)
     tok.save_pretrained(directory)
-    for name, content in _processors(family).items():
+    for name, content in processors(family).items():
         (directory / name).write_text(json.dumps(content), encoding="utf-8")
     return str(directory)
 

@@ -54,7 +54,7 @@ class Prompt:
     input_ids: Tensor  # [S] int64
     embeds: Tensor  # [1, S, D]
     positions: Tensor  # [3, 1, S] for M-RoPE, else [1, S]; int64
-    next_position: int  # position of the first generated token, in every dimension
+    next_position: int  # position of the first generated token, in every dimension: the last token's plus 1
     visual_index: Tensor  # [V] int64, ascending places of the visual tokens in the sequence
     grid: Tensor  # [V, 3] int64: time step, row, column within its own visual
     visual_id: Tensor  # [V] int64: which video or image a visual token belongs to

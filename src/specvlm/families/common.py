@@ -158,7 +158,7 @@ class VisionFamily(ABC):
             input_ids=ids,
             embeds=caught["inputs_embeds"],
             positions=positions,
-            next_position=int(positions.max()) + 1,
+            next_position=int(positions[..., -1].max()) + 1,  # as generate() counts on, whatever lies further ahead
             visual_index=places[prunable],
             grid=layout[prunable],
             visual_id=owner[prunable],

@@ -134,12 +134,15 @@ class Budget:
     high: int
     frames: int = 1  # frames that share the budget: 1 where it holds for each frame by itself
     padded: int = 1  # the same, rounded to whole time steps as HF rounds it
+    most: int | None = None  # the caller's bound on one frame, which holds for the longest frame too
     grows: bool = False  # a side below the cell is first scaled up to it, aspect kept (Qwen3-VL's videos)
 
     def lowered(self, per_frame: int | None) -> Budget:
         """Return the budget with at most `per_frame` pixels a frame."""
-        high = self.high if per_frame is None else min(self.high, per_frame * self.padded)
-        return replace(self, low=min(self.low, high), high=high)
+        if per_frame is None:
+            return self
+        high = min(self.high, per_frame * min(self.frames, self.padded))
+        return replace(self, low=min(self.low, high), high=high, most=per_frame)
 
 
 def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
@@ -148,13 +151,13 @@ def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
     Raises:
         MediaError: the frame is more than 200 times longer than wide, or the reverse.
     """
-    cell = budget.cell
+    cell, shape = budget.cell, f"{width} x {height}"
     if budget.grows and min(height, width) < cell:
         growth = max(cell / height, cell / width)
         height, width = int(height * growth), int(width * growth)
     if max(height, width) > _MAX_ASPECT * min(height, width):
         raise MediaError(
-            f"a frame of {width} x {height} pixels is more than {_MAX_ASPECT} times longer than wide, "
+            f"a frame of {shape} pixels is more than {_MAX_ASPECT} times longer than wide, "
             "which this model refuses: crop or pad it"
         )
     volume = budget.frames * height * width
@@ -166,6 +169,9 @@ def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
     elif budget.padded * rows * columns < budget.low:
         grow = math.sqrt(budget.low / volume)
         rows, columns = math.ceil(height * grow / cell) * cell, math.ceil(width * grow / cell) * cell
+    if budget.most is not None and rows * columns > budget.most:  # one side is a single cell
+        longest = budget.most // (cell * cell) * cell
+        rows, columns = min(rows, longest), min(columns, longest)
     return rows, columns
 
 
