@@ -1,0 +1,1 @@
+"""Measurements, one module a question; each is a command of `specvlm bench`."""
