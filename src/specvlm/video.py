@@ -12,6 +12,7 @@ import binascii
 import io
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -47,7 +48,6 @@ _FORMATS = (  # a playlist format (hls, dash, concat) would let a file name othe
     "yuv4mpegpipe,nut,mxf,rm,wtv,dv,3gp,mp3,wav,flac,aac,amr,aiff,w64"
 )
 _IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-_HEADED_FORMATS = ("mov", "matroska", "avi")  # their headers state a duration that can be relied on
 
 
 class MediaWarning(UserWarning):
@@ -296,16 +296,17 @@ def _scheme(text: str) -> str:
 
 
 def _file_path(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise MediaError(f"{url}: {parts.netloc} is another machine: write file:///path for a local file")
-    return urllib.request.url2pathname(parts.path)
+    host, slash, path = url.partition("://")[2].partition("/")
+    if host not in ("", "localhost"):
+        raise MediaError(f"{url}: {host} is another machine: write file:///path for a local file")
+    return urllib.request.url2pathname(slash + path)
 
 
 def _url_name(url: str) -> str:
     """Return the URL for messages: without user name, password and query, which may hold secrets."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))[:200]
+    scheme, _, rest = url.partition("://")
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"[:200]
 
 
 def _data_url(url: str) -> bytes:
@@ -520,10 +521,9 @@ class _Clip:
         self._stream = stream = self.video_stream(self._scout)
         self.tick = float(stream.time_base or 0) or 1e-6  # seconds
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)  # frames a second, by the header
-        gap = 1 / self.rate / self.tick
-        self.gap = max(round(gap), 1)  # ticks from frame to frame, by the header
-        # Seconds that a timestamp may be late because it was rounded to a tick; coarse whole ones are exact.
-        self.slack = min(self.tick / 2, 5e-4 if abs(gap - self.gap) < 1e-3 else 5e-3) + 1e-6
+        self.gap = max(round(1 / self.rate / self.tick), 1)  # ticks from frame to frame, by the header
+        # Seconds that a timestamp may be late because it was rounded to a tick; where ticks count frames, none is.
+        self.slack = (min(self.tick / 2, 5e-3) if self.gap > 4 else 0) + 1e-6
         self.size = (stream.codec_context.width, stream.codec_context.height)
         if 0 in self.size:
             raise MediaError(f"{self.name}: its video has no picture size: the file is damaged, fetch it again")
@@ -535,55 +535,66 @@ class _Clip:
         self.is_timed = first.pts is not None and not is_reordered_avi
         start = stream.start_time if stream.start_time is not None else first.pts
         self.origin = int(start or 0) if self.is_timed else 0  # the first frame's timestamp, in ticks
-        stated, self.last_end = self._stated_end(), self._measured_end()
-        self.is_cut |= (
-            stated is not None
-            and any(name in self._scout.format.name for name in _HEADED_FORMATS)
-            and stated - max(self.last_end, self._other_end) > 0.5 + 2 / self.rate
-        )
-        is_rounded = stated is not None and abs(stated - self.last_end) <= 2 * max(self.tick, 1e-3)
-        self.end = stated if stated is not None and (is_rounded or self.is_cut) else self.last_end
+        self._first_decoding = first.dts if first.dts is not None else self.origin
+        self._find_end()
 
-    def _stated_end(self) -> float | None:
-        """Return the end that the headers state, None where they are silent."""
+    def _find_end(self) -> None:
+        """Set when the video ends: by its track's header, else by its last packet; of a cut file, both."""
+        stated, is_own = self._stated_end()
+        self.last_start, self.last_end = self._measured_end(stated)  # of the last frame that is there
+        if stated is None or stated <= self.last_start:
+            self.end = self.last_end
+            return
+        lacking = stated - max(self.last_end, self._last_decoding, self._other_end)
+        is_reliable = any(name in self._scout.format.name for name in ("mov", "matroska", "avi"))
+        self.is_cut |= is_reliable and lacking > 0.5 + 2 / self.rate
+        is_rounded = abs(stated - self.last_end) <= 2 * max(self.tick, 1e-3)
+        self.end = stated if is_own or is_rounded or self.is_cut else self.last_end
+
+    def _stated_end(self) -> tuple[float | None, bool]:
+        """Return the end that the headers state, None where they are silent, and whether it is the video's own."""
         if self._stream.duration:
-            return float(self._stream.duration * self.tick)
+            return float(self._stream.duration * self.tick), True
         with suppress(KeyError, ValueError):  # Matroska's tag of a track, such as 00:01:02.500000000
             hours, minutes, seconds = self._stream.metadata["DURATION"].split(":")
-            return float(hours) * 3600 + float(minutes) * 60 + float(seconds) - self.origin * self.tick
+            return float(hours) * 3600 + float(minutes) * 60 + float(seconds) - self.origin * self.tick, True
         if self._scout.duration:
-            return float(self._scout.duration * 1e-6 - self.origin * self.tick)
-        return None
+            return float(self._scout.duration * 1e-6 - self.origin * self.tick), False
+        return None, False
 
-    def _measured_end(self) -> float:
-        """Return when the last frame that is there ends, from the packets of the file's last part."""
-        stated = self._stated_end()
+    def _measured_end(self, stated: float | None) -> tuple[float, float]:
+        """Return when the last frame that is there starts and ends, from the packets of the file's last part."""
         if self.is_timed and stated is not None:
             with suppress(av.error.FFmpegError):
-                self._scout.seek(self.ticks(stated), stream=self._stream)
-                if (end := self._walk_to_end()) is not None:
-                    return end
+                # Packets stand in decoding order, and MPEG-TS is not entered at keyframes: start well before.
+                self._scout.seek(self.ticks(stated) - 16 * self.gap, stream=self._stream)
+                if (last := self._walk_to_end()) is not None:
+                    return last
         self._restart()
-        return self._walk_to_end() or 0.0
+        return self._walk_to_end() or (0.0, 0.0)
 
-    def _walk_to_end(self) -> float | None:
-        """Return when the last frame from here on ends, None if there is none; note when other streams end."""
-        end: float | None = None
-        untimed = 0.0
-        self._other_end = 0.0
+    def _walk_to_end(self) -> tuple[float, float] | None:
+        """Return start and end of the last frame from here on, None if there is none; note when all else ends."""
+        last: tuple[int, float] | None = None  # ticks from the origin, and length in ticks
+        untimed = 0
+        self._other_end = self._last_decoding = 0.0  # of other streams; of this one's decoding times, as mp4 counts
         for packet in self._packets(every_stream=True):
-            length: float = packet.duration or 0
+            length: float = packet.duration or self.gap
             if packet.stream_index != self._stream.index:
                 if packet.pts is not None:
                     self._other_end = float((packet.pts + length) * packet.time_base) - self.origin * self.tick
                 continue
-            length = length if abs(length - self.gap) > 1 and length else 1 / self.rate / self.tick
-            untimed += length
-            if not self.is_timed:
-                end = untimed * self.tick
-            elif packet.pts is not None:
-                end = max(end or 0.0, (packet.pts - self.origin + length) * self.tick)
-        return end
+            start = packet.pts - self.origin if self.is_timed and packet.pts is not None else untimed
+            untimed += int(length)
+            if packet.dts is not None:
+                self._last_decoding = (packet.dts - self._first_decoding + length) * self.tick
+            if last is None or start > last[0]:
+                last = start, length
+        if last is None:
+            return None
+        start, length = last
+        exact = 1 / self.rate / self.tick  # a length of about one frame is one frame, rounded
+        return start * self.tick, (start + (length if abs(length - self.gap) > 1 else exact)) * self.tick
 
     def _packets(self, *, every_stream: bool = False) -> Iterator[Any]:
         """Yield the scout's packets from where it stands; a read error ends them."""
@@ -712,9 +723,13 @@ class _Decoder:
                 shown = ahead = next(frames, None)
             while ahead is not None and ahead.pts <= limit:
                 shown, ahead = ahead, next(frames, None)
-            if shown is None or (ahead is None and limit > shown.pts + max(shown.duration or 0, 2 * self._clip.gap)):
+            if shown is None or (ahead is None and self._is_lost(shown.pts, limit)):
                 return
             yield shown
+
+    def _is_lost(self, last: int, limit: int) -> bool:
+        """Whether decoding ended at `last`, well before a frame that the packets promise for `limit`."""
+        return last + 2 * self._clip.gap < min(limit, self._clip.ticks(self._clip.last_start))
 
     def _entry(self, limit: int, place: int) -> tuple[int, int] | None:
         """Return where to enter if that is nearer to `limit` than `place`; a few frames are decoded, not looked for."""
