@@ -105,7 +105,7 @@ class SpecVLM:
             UnsupportedModel: a checkpoint cannot be read or served, or the two do not fit each other.
             ConfigError: a setting is unknown or not allowed.
         """
-        config = EngineConfig().replace(**settings)
+        config = _checked(EngineConfig().replace(**settings))
         if target is None:
             target, draft = bundled("target"), draft or bundled("draft")
         loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype)
@@ -126,9 +126,7 @@ class SpecVLM:
         Raises:
             ConfigError: a setting is unknown or not allowed.
         """
-        config = self.config.replace(**settings)
-        drafting.check(config.draft)
-        prune.get(config.prune.pruner)
+        config = _checked(self.config.replace(**settings))
         if isinstance(source, Sequence) and source and isinstance(source[0], dict):
             if prompt is not None:
                 raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
@@ -279,6 +277,13 @@ class _Ending:
         self.left -= len(tokens)
         reason = "stop" if ends is not None else "length" if self.left == 0 else None
         return Round(tokens, draft, accepted, reason)
+
+
+def _checked(config: EngineConfig) -> EngineConfig:
+    """Return the config if its drafter, tree and pruner exist, before a model is loaded or a video read."""
+    drafting.check(config.draft)
+    prune.get(config.prune.pruner)
+    return config
 
 
 def _items(message: Message) -> list[dict[str, Any]]:
