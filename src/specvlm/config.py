@@ -58,7 +58,12 @@ class PruneConfig:
 
     keep_ratio: float = _setting(0.1, "share of the visual tokens that the draft sees, above 0 and at most 1")
     keep_tokens: int | None = _setting(None, "number of visual tokens that the draft sees (instead of --keep-ratio)")
-    pruner: str = _setting("verifier", "how they are chosen", choices="pruners")
+    pruner: str = _setting(
+        "verifier",
+        "how they are chosen: verifier (most attention, then evenly), attention, uniform, random, window, frame, none, "
+        "or one that you registered",
+        choices="pruners",
+    )
     mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
     spacing: str = _setting(
         "grid",
@@ -112,7 +117,7 @@ class SamplingConfig:
 class DraftConfig:
     """What is drafted a round."""
 
-    drafter: str = _setting("model", "who drafts; none is plain decoding", choices="drafters")
+    drafter: str = _setting("model", "who drafts: model, or none (plain decoding)", choices="drafters")
     tree: str | tuple[str, ...] = _setting(
         "paper",
         "what is drafted a round: 'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of "
