@@ -1,0 +1,372 @@
+"""The command line: `specvlm describe`, `compare` and `inspect`.
+
+The answer goes to stdout, all else to stderr. Options are the fields of the configs. Torch and transformers are
+imported when a command runs, so that help and bad options answer at once. An error is one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+
+from specvlm.config import EngineConfig
+from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError
+
+if TYPE_CHECKING:
+    from specvlm.engine import SpecVLM
+    from specvlm.report import Generation
+    from specvlm.text import Chunk
+
+PARTS: dict[str, Any] = get_type_hints(EngineConfig)  # "video" -> VideoConfig, ...
+MODEL_OPTIONS = ("target", "draft", "device", "draft_device", "dtype")
+STAGES = {
+    "read": "reading the video",
+    "encode": "encoding the frames",
+    "prefill": "prefilling the target",
+    "prune": "pruning",
+    "draft_prefill": "prefilling the draft",
+    "decode": "decoding",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 (`compare` found a difference), 2 (an error) or 130 (interrupted)."""
+    try:
+        args = _parse(argv)
+        status = Status(is_quiet=args.quiet)
+        with _quiet_libraries(status), _memory_errors(), status:
+            status.show("loading the libraries...")
+            code: int = args.run(args, status)
+            sys.stdout.flush()
+        return code
+    except SpecVLMError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would raise again
+        return _fail("stdout was closed before all was written: read it to its end")
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"specvlm: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class Status:
+    """One line on stderr that says what is going on; only where stderr is a terminal."""
+
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self.is_quiet = is_quiet
+        self._is_live = not is_quiet and sys.stderr.isatty()
+        self._shown = ""
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        """Put this on the line."""
+        text = text[:79]
+        if self._is_live and text != self._shown:
+            print(f"\r{text.ljust(len(self._shown))}", end="", file=sys.stderr, flush=True)
+            self._shown = text
+
+    def clear(self) -> None:
+        """Empty the line, before something else is written."""
+        if self._shown:
+            print(f"\r{' ' * len(self._shown)}\r", end="", file=sys.stderr, flush=True)
+            self._shown = ""
+
+    def close(self) -> None:
+        """Empty the line for good: the same terminal may show the answer from now on."""
+        self.clear()
+        self._is_live = False
+
+    def stages(self, prefix: str = "") -> Callable[[str], None]:
+        """Return an observer of a request's stages."""
+        return lambda name: self.show(f"{prefix}{STAGES[name]}...")
+
+    def warn(self, text: str) -> None:
+        """Write a warning on a line of its own."""
+        if not self.is_quiet:
+            self.clear()
+            print(f"specvlm: warning: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _quiet_libraries(status: Status) -> Iterator[None]:
+    """Show our own warnings on one line and nobody else's."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if category.__module__.startswith("specvlm."):
+            status.warn(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn a lack of memory into a CapacityError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's; it may not be imported yet
+        if not (is_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        place = "the GPU" if is_gpu else "this machine"
+        cause = (str(error).strip() or "no more").splitlines()[0]
+        raise CapacityError(
+            f"out of memory on {place} ({cause}): read fewer frames (--num-frames, --fps), smaller ones "
+            "(--max-pixels), or ask for fewer new tokens (--max-new-tokens)"
+        ) from error
+
+
+# Options
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        raise ConfigError(f"unknown argument {unknown[0]!r}; see specvlm {args.command} --help")
+    args.settings = _settings(args)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="specvlm", description="Lossless speculative decoding for video language models.")
+    parser.add_argument("--version", action="version", version=f"specvlm {version('specvlm')}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+
+    def add(name: str, run: Callable[..., int], help: str, *parts: str) -> argparse.ArgumentParser:
+        usage = f"specvlm {name} [options] VIDEO [PROMPT]{' -o FILE.png' if name == 'inspect' else ''}"
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", usage=usage)
+        command.set_defaults(run=run)
+        _add_source(command)
+        _add_model(command, has_draft="draft" in parts)
+        for part in parts:
+            _add_settings(command, PARTS[part])
+        return command
+
+    describe = add("describe", _describe, "answer a question about a video", "video", "prune", "draft", "sampling")
+    describe.add_argument("--stats", action="store_true", help="print counts, seconds and memory to stderr")
+    describe.add_argument(
+        "--no-draft", dest="drafter", action="store_const", const="none", default=argparse.SUPPRESS,
+        help="plain decoding: load no draft (the same as --drafter none)",
+    )  # fmt: skip
+    text = "run plain and speculative decoding in turn and print both side by side; exit 1 if their greedy texts differ"
+    add("compare", _compare, text, "video", "prune", "draft", "sampling")
+    text = "draw sampled frames with the kept visual tokens lit and the target's attention as a heat map"
+    inspect = add("inspect", _inspect, text, "video", "prune")
+    inspect.add_argument("-o", "--output", metavar="FILE.png", required=True, help="the picture to write")
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="VIDEO", help="path or URL of a video, or - for a file on stdin")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question [default: a description]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+
+
+def _add_model(parser: argparse.ArgumentParser, *, has_draft: bool) -> None:
+    """Add the arguments of `SpecVLM.from_pretrained`; their defaults stand there."""
+    group = parser.add_argument_group("Models")
+
+    def add(flag: str, help: str) -> None:
+        group.add_argument(flag, default=argparse.SUPPRESS, help=help, metavar=flag.rpartition("-")[2].upper())
+
+    add("--target", "Hugging Face directory or hub id of the model whose words come out [default: the bundled pair]")
+    if has_draft:
+        add("--draft", "the same for a smaller model of its family; without it a --target decodes plainly")
+    add("--device", "auto, cpu, cuda, cuda:1, ... [default: auto]")
+    if has_draft:
+        add("--draft-device", "the draft's [default: the target's]")
+    add("--dtype", "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16 [default: auto]")
+
+
+def _add_settings(parser: argparse.ArgumentParser, part: Any) -> None:
+    group = parser.add_argument_group(part.__doc__.partition(".")[0])
+    hints = get_type_hints(part)
+    for setting in fields(part):
+        _add_setting(group, setting, hints[setting.name])
+
+
+def _add_setting(group: Any, setting: Field[Any], hint: Any) -> None:
+    """Add the option of one config field. It sets nothing unless it is given: the default stays with the field."""
+    help, choices = setting.metadata["help"], setting.metadata.get("choices")
+    flag = f"--{setting.name.replace('_', '-')}"
+    common: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS}
+    if hint is bool:
+        action: Any = argparse.BooleanOptionalAction if setting.default else "store_true"
+        group.add_argument(flag, action=action, help=help, **common)
+        return
+    if get_origin(hint) is tuple:
+        group.add_argument(flag, action="append", metavar="TEXT", help=help, **common)
+        return
+    if setting.default not in (None, MISSING):
+        shown = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default
+        help += f" [default: {shown}]"
+    kind = get_args(hint)[0] if get_origin(hint) in (types.UnionType,) else hint
+    metavar = None if isinstance(choices, tuple) else {int: "N", float: "X"}.get(kind, "NAME" if choices else "TEXT")
+    known = choices if isinstance(choices, tuple) else None  # a registry's names are checked when torch is there
+    group.add_argument(flag, type=kind, choices=known, metavar=metavar, help=help.replace("%", "%%"), **common)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given, by their names in the configs.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    names = [setting.name for part in PARTS.values() for setting in fields(part)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    EngineConfig().replace(**settings)
+    return settings
+
+
+# Commands
+
+
+def _load(args: argparse.Namespace, status: Status) -> SpecVLM:
+    """Load the models that the options name, and no draft where none is used."""
+    options = {name: getattr(args, name) for name in MODEL_OPTIONS if hasattr(args, name)}
+    is_plain = args.settings.get("drafter") == "none"
+    if is_plain and "draft" in options:
+        raise ConfigError(f"draft={options['draft']!r} is not allowed with --no-draft: leave one of them out")
+    from specvlm.engine import SpecVLM, bundled
+
+    if is_plain or args.command == "inspect":
+        options.setdefault("target", bundled("target"))
+    status.show(f"loading {options.get('target', 'the bundled pair')}...")
+    return SpecVLM.from_pretrained(**options, **args.settings)
+
+
+def _source(args: argparse.Namespace) -> str | bytes:
+    """Return VIDEO, or what stdin holds."""
+    if args.source != "-":
+        return str(args.source)
+    if sys.stdin.isatty():
+        raise MediaError("stdin is a terminal: pipe a video file into it, or give a path")
+    limit = EngineConfig().replace(**args.settings).video.max_download_bytes
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise MediaError(f"stdin holds more than {limit} bytes: raise --max-download-bytes or give a path")
+    return data
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(content))
+
+
+def _describe(args: argparse.Namespace, status: Status) -> int:
+    model = _load(args, status)
+    request = model.request(_source(args), args.prompt)
+    request.seconds.on_stage = status.stages()
+    if args.json:
+        generation = model.generate_request(request)
+        _print_json(generation.to_dict())
+    else:
+        with _text_on_stdout(status) as write:
+            generation = model.generate_request(request, write)
+    if args.stats:
+        status.clear()
+        print(_account(generation), file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _text_on_stdout(status: Status) -> Iterator[Callable[[Chunk], None]]:
+    """Yield a function that writes a chunk at once; end the text with a line break, also where it breaks off."""
+    has_begun = False
+
+    def write(chunk: Chunk) -> None:
+        nonlocal has_begun
+        has_begun = True
+        status.close()
+        print(chunk.text, end="", flush=True)
+
+    try:
+        yield write
+    finally:
+        if has_begun and not isinstance(sys.exc_info()[1], BrokenPipeError):
+            print(flush=True)
+
+
+def _account(generation: Generation) -> str:
+    """Return the account of a run for people."""
+    from specvlm.compare import ms_a_token
+
+    usage, speculation, seconds = generation.usage, generation.speculation, generation.seconds.to_dict()
+    first, total = seconds.pop("time_to_first_token"), seconds.pop("total")
+    depths = ", ".join(map(str, speculation.accepted_per_depth)) or "none"
+    rows = {
+        "prompt": f"{usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual; "
+        f"the draft saw {usage.kept_visual_tokens} of those",
+        "answer": f"{usage.completion_tokens} tokens in {speculation.target_passes} target passes; "
+        f"ended by {generation.finish_reason}",
+        "drafts": f"{speculation.drafted_tokens} tokens in {speculation.rounds} rounds, "
+        f"{speculation.accepted_tokens} accepted",
+        "accepted": f"{speculation.mean_accepted_length:.2f} a round, {speculation.acceptance_length:.2f} with the "
+        f"bonus token; rounds by depth: {depths}",
+        "seconds": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in seconds.items()),
+        "": f"first token after {first:.3f}, the last after {total:.3f}; {ms_a_token(generation):.2f} ms a token",
+        "memory": f"{generation.peak_memory_bytes / 2**20:.0f} MiB at most",
+    }
+    return "\n".join(f"{label:<10}{text}" for label, text in rows.items())
+
+
+def _compare(args: argparse.Namespace, status: Status) -> int:
+    model = _load(args, status)
+    from specvlm.compare import compare
+
+    comparison = compare(model, _source(args), args.prompt, watch=status.stages)
+    status.clear()
+    if args.json:
+        _print_json(comparison.to_dict())
+    else:
+        print(comparison.table())
+    return 0 if comparison.is_identical or comparison.is_sampled else 1
+
+
+def _inspect(args: argparse.Namespace, status: Status) -> int:
+    from specvlm.inspect import check_output, inspect
+
+    check_output(args.output)
+    model = _load(args, status)
+    found = inspect(model, _source(args), args.prompt, watch=status.stages())
+    status.show("drawing...")
+    found.save(args.output)
+    status.clear()
+    if args.json:
+        _print_json({"output": args.output, **found.to_dict()})
+    else:
+        print(f"{args.output}: {found.summary()}")
+    return 0
