@@ -185,9 +185,9 @@ def _mat_table(results: Sequence[Result]) -> str:
     ]
     for (pruner, ratio), values in mat.items():
         mean, half = interval(list(values.values()))
-        pass_mean, pass_half = interval(list(passes[pruner, ratio].values()))
+        passed, spread = interval(list(passes[pruner, ratio].values()))
         lines.append(
-            f"| {pruner} | {ratio:g} | {mean:.2f} ± {half:.2f} | {mean / full:.0%} | {pass_mean:.1f} ± {pass_half:.1f} |"
+            f"| {pruner} | {ratio:g} | {mean:.2f} ± {half:.2f} | {mean / full:.0%} | {passed:.1f} ± {spread:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
