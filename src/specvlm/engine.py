@@ -235,7 +235,20 @@ class SpecVLM:
             seconds=request.seconds,
             peak_memory_bytes=measure_peak(*devices),
             config=request.config,
+            models=self.models,
         )
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """What is loaded and where."""
+        draft = self.draft
+        return {
+            "target": self.target.name,
+            "draft": draft.name if draft else None,
+            "device": str(self.target.device),
+            "draft_device": str(draft.device) if draft else None,
+            "dtype": str(self.target.hf.dtype).removeprefix("torch."),
+        }
 
     def _drafter(self, config: EngineConfig) -> drafting.Drafter:
         return drafting.create(config.draft, self.draft)

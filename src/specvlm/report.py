@@ -113,6 +113,7 @@ class Generation:
     seconds: Seconds
     peak_memory_bytes: int
     config: EngineConfig
+    models: dict[str, str | None]  # target, draft, device, draft_device, dtype
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types, with the versions of what ran."""
@@ -131,7 +132,7 @@ class Generation:
             },
             "seconds": self.seconds.to_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
-            "config": dataclasses.asdict(self.config),
+            "config": {"models": self.models, **dataclasses.asdict(self.config)},
             "versions": versions(),
         }
 
