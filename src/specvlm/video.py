@@ -513,12 +513,15 @@ class _Clip:
         for stream in container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
                 return stream
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-        raise MediaError(f"{self.name} has no video, only {', '.join(kinds)}: pass a file with a video track")
+        kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+        others = f" (only {kinds})" if kinds else ""
+        raise MediaError(f"{self.name} has no video{others}: pass a file with a video track")
 
     def _look(self) -> None:
         """Read what the headers and the first packet say, then find the end."""
         self._stream = stream = self.video_stream(self._scout)
+        if stream.codec_context is None:
+            raise MediaError(f"{self.name}: its video is in a format that is not known here: convert it to mp4 (h264)")
         self.tick = float(stream.time_base or 0) or 1e-6  # seconds
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)  # frames a second, by the header
         self.gap = max(round(1 / self.rate / self.tick), 1)  # ticks from frame to frame, by the header
@@ -602,8 +605,8 @@ class _Clip:
             for packet in self._scout.demux() if every_stream else self._scout.demux(self._stream):
                 if packet.size and not packet.is_discard:
                     yield packet
-        except av.error.EOFError:
-            pass
+        except (av.error.EOFError, IndexError):
+            pass  # PyAV raises the second at the end of a file whose tracks do not all begin at its start
         except av.error.FFmpegError:
             self.is_cut = True
 
@@ -718,11 +721,14 @@ class _Decoder:
         frames = self._frames()
         shown = ahead = next(frames, None)
         for limit in map(self._clip.ticks, times):
+            before = shown
             if ahead is not None and (found := self._entry(limit, ahead.pts)) is not None:
                 frames = self._enter(*found, limit)
                 shown = ahead = next(frames, None)
             while ahead is not None and ahead.pts <= limit:
                 shown, ahead = ahead, next(frames, None)
+            if before is not None and (shown is None or shown.pts < before.pts):
+                shown = before  # damage can hide frames from a second reading
             if shown is None or (ahead is None and self._is_lost(shown.pts, limit)):
                 return
             yield shown
@@ -769,7 +775,7 @@ class _Decoder:
                     key = None
                 if packet.size and key is None:
                     yield packet
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, IndexError):
             pass  # the scout has met it too, or the frames that are missing will tell
         yield None
 
@@ -811,7 +817,7 @@ def _looks_like(data: _Data) -> str:
     if head.lstrip()[:1] == b"<" and b"html" in head.lower():
         return ": it holds a web page, so fetch the file itself"
     if head[4:8] == b"ftyp":
-        return ": its index is missing, as after an interrupted copy or recording, so fetch it again"
+        return ": its index is missing or damaged, as after an interrupted copy or recording, so fetch it again"
     if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n\f\x1b" for byte in head):
         return ": it holds text"
     return ": the format is unknown or the file is damaged; convert it to mp4 (h264)"
