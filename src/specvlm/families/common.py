@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from specvlm.errors import ConfigError, UnsupportedModel
@@ -186,13 +187,17 @@ class VisionFamily(ABC):
         return layout.to(device), owner.to(device)
 
     def _render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt's text with one placeholder a video or image, ready for the answer."""
-        plain = [{**message, "content": _strip(message.get("content"))} for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(
-                plain, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
-        )
+        """Return the prompt's text with one placeholder a video or image, ready for the answer.
+
+        Raises:
+            ConfigError: the messages are malformed, or the chat template refuses them.
+        """
+        plain = [_strip(message) for message in messages]
+        options = {"chat_template": self._template, "tokenize": False, "add_generation_prompt": True}
+        try:
+            return str(self.tokenizer.apply_chat_template(plain, **options))
+        except TemplateError as error:
+            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
 
     def _found(self, text: str) -> list[str]:
         """Return the kind of every placeholder in the text."""
@@ -224,14 +229,17 @@ class VisionFamily(ABC):
         return types
 
 
-def _strip(content: Any) -> Any:
-    """Return a message's content without its media, which travel beside the messages.
+def _strip(message: Any) -> Message:
+    """Return a message without its media, which travel beside the messages.
 
     Raises:
-        ConfigError: content is neither text nor a list of text, image and video parts.
+        ConfigError: it has no role, or its content is neither text nor a list of text, image and video parts.
     """
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ConfigError(f"message={message!r} is not allowed: give an object with a role and a content")
+    content = message.get("content")
     if isinstance(content, str):
-        return content
+        return message
     if not isinstance(content, list | tuple):
         raise ConfigError(f"content={content!r} of a message is not allowed: give a string or a list of parts")
     parts = []
@@ -243,4 +251,4 @@ def _strip(content: Any) -> Any:
             parts.append({"type": kind})
         else:
             raise ConfigError(f"a message part of type {kind!r} is not allowed: give text (a string), image or video")
-    return parts
+    return {**message, "content": parts}

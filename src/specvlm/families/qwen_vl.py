@@ -86,7 +86,8 @@ class QwenVL(VisionFamily):
         patches, (steps, rows, columns) = patchify(padded, settings["patch_size"], temporal, merge)
         visual = Visual(frames.kind, (steps, rows // merge, columns // merge))
         text, runs = self._runs(frames, visual)
-        return Encoded(visual, normalize(patches, settings, 1).flatten(1), text, runs, temporal / frames.fps)
+        seconds = temporal / frames.fps if frames.kind == "video" else None  # of one time step
+        return Encoded(visual, normalize(patches, settings, 1).flatten(1), text, runs, seconds)
 
     def _budget(self, frames: Frames, limits: Limits) -> Budget:
         """Return the bounds on a resized image, or on one or all frames of a video."""
