@@ -59,6 +59,7 @@ def cases() -> dict[str, Case]:
             f"{family}/odd": Case(family, one, [sampled([0, 3, 7, 10, 13], 7.0, 17, 56, 84)]),
             f"{family}/large": Case(family, one, [tiny.video(4, 311, 523)]),
             f"{family}/tiny": Case(family, one, [tiny.video(4, 9, 14)]),
+            f"{family}/thin": Case(family, one, [tiny.video(4, 20, 300)]),
             f"{family}/wide": Case(family, one, [tiny.video(2, 20, 1900)]),
             f"{family}/image": Case(family, tiny.messages("image", "What?"), [tiny.image(97, 60)]),
             f"{family}/wide image": Case(family, tiny.messages("What?", "image"), [tiny.image(30, 400)]),
@@ -361,15 +362,21 @@ def prompt_of(family: str, name: str) -> tuple[Any, Inputs, Prompt]:
     return model, inputs, tools.merged(model, inputs)
 
 
+def deepstack_of(prompt: Prompt) -> dict[str, Any]:
+    """The language model's keyword arguments for Qwen3-VL's deepstack features."""
+    if not prompt.deepstack:
+        return {}
+    mask = torch.zeros_like(prompt.input_ids, dtype=torch.bool)
+    mask[prompt.visual_index] = True
+    return {"visual_pos_masks": mask[None], "deepstack_visual_embeds": list(prompt.deepstack)}
+
+
 @torch.no_grad()
 def logits_of(model: Any, prompt: Prompt, **kwargs: Any) -> torch.Tensor:
     """Logits [S, vocab] of the language model on a prompt."""
-    if prompt.deepstack:
-        mask = torch.zeros(1, len(prompt), dtype=torch.bool)
-        mask[0, prompt.visual_index] = True
-        kwargs |= {"visual_pos_masks": mask, "deepstack_visual_embeds": list(prompt.deepstack)}
-    kwargs["use_cache"] = True  # without one, transformers takes gaps in 1-D positions for several packed sequences
-    out = model.model.language_model(inputs_embeds=prompt.embeds, position_ids=prompt.positions, **kwargs)
+    kwargs |= {"inputs_embeds": prompt.embeds, "position_ids": prompt.positions, **deepstack_of(prompt)}
+    # without a cache, transformers takes gaps in 1-D positions for several packed sequences
+    out = model.model.language_model(**kwargs, use_cache=True)
     return model.lm_head(out.last_hidden_state)[0]
 
 
@@ -529,3 +536,38 @@ def test_qwen3_timestamps_are_text() -> None:
     mask[prompt.visual_index] = False
     steps = "".join(f"<{second} seconds><|vision_start|><|vision_end|>" for second in ("0.2", "1.2", "2.2"))
     assert f"user\n{steps}Describe" in tokenizer.decode(prompt.input_ids[mask])
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_inputs_and_prompt_on_a_gpu(family: str) -> None:
+    tools = tiny.load(family)[1]
+    model = type(tiny.load(family)[0]).from_pretrained(tiny.checkpoint(family), dtype=torch.float32).cuda().eval()
+    here, there = (tools.inputs(turns(), PROMPTS["turns"][1], device=device) for device in ("cpu", "cuda"))
+    assert torch.equal(there.input_ids.cpu(), here.input_ids)
+    for key, value in there.model_kwargs.items():
+        assert value.is_cuda, key
+        wanted = here.model_kwargs[key]
+        close = torch.allclose(value.cpu(), wanted, atol=0.04) if "pixel" in key else torch.equal(value.cpu(), wanted)
+        assert close, key  # resizing through float32 moves a pixel by up to two of 255 levels
+    prompt = tools.merged(model, there)
+    new = model.generate(there.input_ids[None], **there.model_kwargs, max_new_tokens=1, do_sample=False)
+    assert logits_of(model, prompt)[-1].argmax() == new[0, -1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gpu_pixels_equal_hf_processors(family: str) -> None:
+    pytest.importorskip("torchvision")
+    from transformers import AutoVideoProcessor
+
+    processor = AutoVideoProcessor.from_pretrained(tiny.checkpoint(family))
+    video = tiny.video(4, 311, 523)
+    expected = processor(videos=[video.pixels], do_sample_frames=False, device="cuda", return_tensors="pt")
+    inputs = tiny.load(family)[1].inputs(tiny.messages("video"), [video], device="cuda")
+    assert torch.equal(inputs.model_kwargs["pixel_values_videos"], expected["pixel_values_videos"])
