@@ -665,18 +665,18 @@ class _Clip:
             pixels [T, 3, H, W] and the T frames' own times; fewer than asked where the file is damaged.
         """
         there = times[times < self.last_end] if self.is_cut else times
-        pixels, seconds, before = torch.empty(0, dtype=torch.uint8), [], None
+        pixels, seconds, before = np.empty((0, 3, 1, 1), np.uint8), [], None
         self.num_bad = 0
         with _Decoder(self) as decoder:
             for row, frame in enumerate(decoder.shown_at(there)):
+                array = decoder.rgb(frame) if frame is not before else pixels[row - 1]
                 if before is None:
-                    first = decoder.rgb(frame)
-                    pixels = torch.empty((len(times), *first.shape), dtype=torch.uint8)
-                pixels[row] = pixels[row - 1] if frame is before else decoder.rgb(frame)
+                    pixels = np.empty((len(times), *array.shape), np.uint8)
+                pixels[row] = array  # NumPy: torch's copy of permuted bytes takes several times as long
                 seconds.append(self.seconds(frame.pts))
                 before = frame
         self.num_missing = len(times) - len(seconds)
-        return pixels[: len(seconds)].clone() if self.num_missing else pixels, seconds
+        return torch.from_numpy(pixels[: len(seconds)].copy() if self.num_missing else pixels), seconds
 
     def warn(self, num_wanted: int) -> None:
         """Tell once what is missing or spoilt, if anything is."""
@@ -788,12 +788,12 @@ class _Decoder:
             self._clip.num_bad += 1
             return []
 
-    def rgb(self, frame: Any) -> Tensor:
+    def rgb(self, frame: Any) -> Array:
         """Return the frame upright, [3, H, W] uint8."""
         self._size = self._size or (frame.width, frame.height)
         width, height = self._size
         array = self._reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
-        return torch.from_numpy(np.ascontiguousarray(_upright(array, frame))).permute(2, 0, 1)
+        return _upright(array, frame).transpose(2, 0, 1)
 
 
 def _upright(array: Array, frame: Any) -> Array:
