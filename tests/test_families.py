@@ -216,10 +216,10 @@ def test_limits_bound_the_frames(name: str, limits: dict[str, int], most: int, n
 
 def test_limits_too_small_are_refused() -> None:
     _, family = tiny.load("qwen2_5_vl")
-    with pytest.raises(ConfigError, match=r"total_pixels=3000 .* 4 frames .* at least 3136"):
+    with pytest.raises(ConfigError, match=r"total_pixels=3000 .* at least 3136 \(4 x 784\), or fewer frames"):
         family.inputs(tiny.messages("video"), [tiny.video(4)], total_pixels=3000)
     _, family = tiny.load("llava_onevision")
-    with pytest.raises(ConfigError, match=r"max_pixels=1000 .* at least 1225"):
+    with pytest.raises(ConfigError, match=r"max_pixels=1000 .* at least 1225 \(1 x 1225\)"):
         family.inputs(tiny.messages("video"), [tiny.video(4)], max_pixels=1000)
 
 
@@ -236,6 +236,20 @@ def test_extreme_aspect_is_refused(name: str) -> None:
     _, family = tiny.load(name)
     with pytest.raises(MediaError, match=r"700 x 3 pixels .* 200 times"):
         family.inputs(tiny.messages("video"), [tiny.video(2, 3, 700)])
+
+
+def test_odd_size_is_refused_where_nothing_is_resized(tmp_path: Path) -> None:
+    directory = write(Case("qwen2_5_vl", [], [], {VIDEO: {"do_resize": False}}), tmp_path / "copy")
+    with pytest.raises(MediaError, match=r"84 x 50 pixels is no multiple of 28"):
+        family_at("qwen2_5_vl", directory).inputs(tiny.messages("video"), [tiny.video(2, 50, 84)])
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_corrupt_file_names_itself(content: str, tmp_path: Path) -> None:
+    directory = write(Case("qwen2_5_vl", [], []), tmp_path / "copy")
+    (Path(directory) / VIDEO).write_text(content)
+    with pytest.raises(UnsupportedModel, match=r"video_preprocessor_config.json does not hold a JSON object"):
+        family_at("qwen2_5_vl", directory)
 
 
 def test_one_frame_makes_a_video() -> None:

@@ -43,9 +43,18 @@ _CHUNK = 32  # frames resized at once: bounds the memory of the float copy that 
 
 
 def read_json(directory: str, name: str) -> dict[str, Any]:
-    """Return the JSON object in a checkpoint's file, {} where there is no such file."""
+    """Return the JSON object in a checkpoint's file, {} where there is no such file.
+
+    Raises:
+        UnsupportedModel: the file holds something else.
+    """
     path = Path(directory) / name
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UnsupportedModel(f"{path} does not hold a JSON object ({error}): fetch the checkpoint again") from error
 
 
 def processor_settings(directory: str, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +123,15 @@ class Limits:
         Raises:
             ConfigError: that is below `least`, the fewest that the model can see.
         """
-        bounds = {"max_pixels": (self.max_pixels, least), "total_pixels": (self.total_pixels, least * num_frames)}
-        for name, (value, needed) in bounds.items():
-            if value is not None and value < needed:
-                raise ConfigError(
-                    f"{name}={value} is not allowed: {num_frames} frames of this model need at least {needed}; "
-                    "raise it or read fewer frames"
-                )
-        found = [value * least // needed for value, needed in bounds.values() if value is not None]
-        return min(found, default=None)
+        bounds = []
+        for name, value, count in (("max_pixels", self.max_pixels, 1), ("total_pixels", self.total_pixels, num_frames)):
+            if value is None:
+                continue
+            if value < least * count:
+                remedy = f"at least {least * count} ({count} x {least}), or fewer frames"
+                raise ConfigError(f"{name}={value} is not allowed for this model: {remedy}")
+            bounds.append(value // count)
+        return min(bounds, default=None)
 
 
 @dataclass(frozen=True)
@@ -187,8 +196,17 @@ def patchify(frames: Tensor, patch: int, temporal: int, merge: int) -> tuple[Ten
     Returns:
         patches [time * rows * columns, 3, temporal * patch * patch], the merge x merge patches of one token side by
         side, and the grid (time, rows, columns) in patches.
+
+    Raises:
+        MediaError: the frames are no multiple of patch * merge, in a checkpoint that does not resize.
     """
-    steps, rows, columns = frames.shape[0] // temporal, frames.shape[2] // patch, frames.shape[3] // patch
+    height, width, cell = *frames.shape[2:], patch * merge
+    if height % cell or width % cell:
+        raise MediaError(
+            f"a frame of {width} x {height} pixels is no multiple of {cell}, and this checkpoint says not to resize "
+            f"(do_resize is false): resize it to a multiple"
+        )
+    steps, rows, columns = frames.shape[0] // temporal, height // patch, width // patch
     cut = frames.reshape(steps, temporal, 3, rows // merge, merge, patch, columns // merge, merge, patch)
     cut = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # step, row, column, both in merge, channel, time, y, x
     return cut.reshape(steps * rows * columns, 3, temporal * patch * patch), (steps, rows, columns)
