@@ -150,6 +150,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # a closed stdout is found here, not while Python shuts down
+        super().exit(status, message)
+
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
@@ -184,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add("compare", _compare, text, "video", "prune", "draft", "sampling")
     text = "draw sampled frames with the kept visual tokens lit and the target's attention as a heat map"
     inspect = add("inspect", _inspect, text, "video", "prune")
-    inspect.add_argument("-o", "--output", metavar="FILE.png", required=True, help="the picture to write")
+    inspect.add_argument("-o", "--output", metavar="FILE.png", type=_png, required=True, help="the picture to write")
     return parser
 
 
@@ -239,6 +243,20 @@ def _add_setting(group: Any, setting: Field[Any], hint: Any) -> None:
     group.add_argument(flag, type=kind, choices=known, metavar=metavar, help=help.replace("%", "%%"), **common)
 
 
+def _png(path: str) -> str:
+    """Return the path if a PNG may be written there."""
+    folder = os.path.dirname(path) or "."
+    if not path.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{path!r} is not allowed: give a name that ends in .png")
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path!r} is a folder: give a file in it")
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{path!r}: there is no folder {folder!r}: create it first")
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path!r}: {folder!r} is not writable: choose another folder")
+    return path
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given, by their names in the configs.
 
@@ -270,8 +288,15 @@ def _load(args: argparse.Namespace, status: Status) -> SpecVLM:
 
 
 def _source(args: argparse.Namespace) -> str | bytes:
-    """Return VIDEO, or what stdin holds."""
+    """Return VIDEO, or what stdin holds. A path that does not exist is found before the models are loaded.
+
+    Raises:
+        MediaError: it does not exist; stdin is a terminal or holds too much.
+    """
     if args.source != "-":
+        is_url = "://" in args.source or args.source.startswith("data:")
+        if not (is_url or os.path.exists(args.source)):
+            raise MediaError(f"{args.source!r} does not exist: check the path")
         return str(args.source)
     if sys.stdin.isatty():
         raise MediaError("stdin is a terminal: pipe a video file into it, or give a path")
@@ -287,8 +312,8 @@ def _print_json(content: object) -> None:
 
 
 def _describe(args: argparse.Namespace, status: Status) -> int:
-    model = _load(args, status)
-    request = model.request(_source(args), args.prompt)
+    source, model = _source(args), _load(args, status)
+    request = model.request(source, args.prompt)
     request.seconds.on_stage = status.stages()
     if args.json:
         generation = model.generate_request(request)
@@ -344,10 +369,10 @@ def _account(generation: Generation) -> str:
 
 
 def _compare(args: argparse.Namespace, status: Status) -> int:
-    model = _load(args, status)
+    source, model = _source(args), _load(args, status)
     from specvlm.compare import compare
 
-    comparison = compare(model, _source(args), args.prompt, watch=status.stages)
+    comparison = compare(model, source, args.prompt, watch=status.stages)
     status.clear()
     if args.json:
         _print_json(comparison.to_dict())
@@ -357,11 +382,10 @@ def _compare(args: argparse.Namespace, status: Status) -> int:
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:
-    from specvlm.inspect import check_output, inspect
+    source, model = _source(args), _load(args, status)
+    from specvlm.inspect import inspect
 
-    check_output(args.output)
-    model = _load(args, status)
-    found = inspect(model, _source(args), args.prompt, watch=status.stages())
+    found = inspect(model, source, args.prompt, watch=status.stages())
     status.show("drawing...")
     found.save(args.output)
     status.clear()

@@ -87,29 +87,10 @@ class Inspection:
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise _unwritable(path, error.strerror or str(error)) from error
+                raise ConfigError(
+                    f"output={path!r} cannot be written ({error.strerror or error}): give another file"
+                ) from error
             raise
-
-
-def check_output(path: str) -> None:
-    """Refuse, before any work, a file that cannot be written.
-
-    Raises:
-        ConfigError: the name or its folder does not do.
-    """
-    if not path.lower().endswith(".png"):
-        raise ConfigError(f"output={path!r} is not allowed: the picture is a PNG, give a name that ends in .png")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise _unwritable(path, f"{folder} is no folder")
-    if os.path.isdir(path):
-        raise _unwritable(path, "it is a folder")
-    if not os.access(folder, os.W_OK):
-        raise _unwritable(path, f"no permission to write in {folder}")
-
-
-def _unwritable(path: str, cause: str) -> ConfigError:
-    return ConfigError(f"output={path!r} cannot be written ({cause}): give a file in a folder that exists")
 
 
 def inspect(
@@ -140,23 +121,19 @@ def inspect(
 def draw(found: Inspection) -> Image.Image:
     """Return the contact sheet: for each drawn time step its frame, its heat map and a caption."""
     steps, rows, columns = found.shape
-    shown = [step * steps // min(steps, MAX_STEPS) for step in range(min(steps, MAX_STEPS))]
-    cell = max(2, round(TILE / max(rows, columns)))
+    shown = [place * steps // min(steps, MAX_STEPS) for place in range(min(steps, MAX_STEPS))]
+    cell = max(2, round((TILE if len(shown) > 2 else 2 * TILE) / max(rows, columns)))
     width, height = columns * cell, rows * cell
-    across = _columns(len(shown), width + GAP, 2 * height + LINE + 2 * GAP)
-    down = -(-len(shown) // across)
-    step_height = 2 * height + 4 + LINE + GAP
-    top = MARGIN + 3 * LINE
-    sheet = Image.new(
-        "RGB",
-        (max(2 * MARGIN + across * (width + GAP) - GAP, 640), top + down * step_height - GAP + MARGIN),
-        BACKGROUND,
-    )
-    _write_title(sheet, found, len(shown), steps)
+    step_width, step_height = width + GAP, LINE + 2 * height + 4 + GAP
+    across = _columns(len(shown), step_width, step_height)
+    top, down = MARGIN + 3 * LINE, -(-len(shown) // across)
+    title = _title(found, len(shown))
+    full = 2 * MARGIN + max(across * step_width - GAP, title.width)
+    sheet = Image.new("RGB", (full, top + down * step_height - GAP + MARGIN), BACKGROUND)
+    sheet.paste(title, (MARGIN, MARGIN - 4))
     kept, heat = _cells(found)
     for place, step in enumerate(shown):
-        x = MARGIN + place % across * (width + GAP)
-        y = top + place // across * step_height
+        x, y = MARGIN + place % across * step_width, top + place // across * step_height
         seconds, picture = _frame(found.frames, step, steps, (width, height))
         _write(sheet, (x, y), f"{seconds:.2f} s", f"{int(kept[step].sum())} kept", width)
         sheet.paste(_lit(picture, kept[step], cell), (x, y + LINE))
@@ -165,8 +142,10 @@ def draw(found: Inspection) -> Image.Image:
 
 
 def _columns(count: int, width: int, height: int) -> int:
-    """Return how many tiles stand side by side: the whole is to be about 1.6 times as wide as high."""
-    return min(count, max(1, round(math.sqrt(1.6 * count * height / width))))
+    """Return how many tiles stand side by side: about 1.6 times as wide as high, with few empty places at the end."""
+    ideal = math.sqrt(1.6 * count * height / width)
+    near = [across for across in range(1, count + 1) if ideal / 1.6 <= across <= ideal * 1.6] or [count]
+    return min(near, key=lambda across: (-count % across, abs(across - ideal)))
 
 
 def _cells(found: Inspection) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
@@ -229,20 +208,22 @@ def _colours(heat: npt.NDArray[np.float32]) -> Pixels:
     return np.stack([np.interp(heat, places, channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
 
 
-def _write_title(sheet: Image.Image, found: Inspection, num_shown: int, steps: int) -> None:
-    """Write what is seen, and the scale of the heat maps."""
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN - 4), found.summary(), INK, ImageFont.load_default(20))
-    share = f"{_brightest(found) / float(found.scores.sum()):.2%} of the attention or more"
-    small, y = ImageFont.load_default(13), MARGIN + 26
-    x = MARGIN
-    for text in (f"{num_shown} of {steps} time steps; kept cells are lit. Below: attention a token, 0", share):
-        pen.text((x, y), text, FAINT, small)
-        x += round(pen.textlength(text, small)) + 8
-        if text is not share:
-            scale = _colours(np.linspace(0, 1, 96, dtype=np.float32)[None].repeat(10, 0))
-            sheet.paste(Image.fromarray(scale), (x, y + 4))
-            x += 96 + 8
+def _title(found: Inspection, num_shown: int) -> Image.Image:
+    """Return two lines: what is kept, and the scale of the heat maps."""
+    large, small = ImageFont.load_default(20), ImageFont.load_default(13)
+    share = _brightest(found) / float(found.scores.sum())
+    left = f"{num_shown} of {found.shape[0]} time steps; kept cells are lit. Below: attention a token, 0"
+    right = f"{share:.2%} of the attention or more"
+    scale = round(small.getlength(left)) + 8
+    end = scale + 96 + 8
+    width = max(large.getlength(found.summary()), end + small.getlength(right))
+    title = Image.new("RGB", (math.ceil(width), 48), BACKGROUND)
+    pen = ImageDraw.Draw(title)
+    pen.text((0, 0), found.summary(), INK, large)
+    pen.text((0, 30), left, FAINT, small)
+    title.paste(Image.fromarray(_colours(np.linspace(0, 1, 96, dtype=np.float32)[None].repeat(10, 0))), (scale, 34))
+    pen.text((end, 30), right, FAINT, small)
+    return title
 
 
 def _write(sheet: Image.Image, corner: tuple[int, int], left: str, right: str, width: int) -> None:
