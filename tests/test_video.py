@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -292,6 +293,17 @@ def test_time_zero_is_the_first_frame(folder: Path, suffix: str):
     assert numbers(frames.pixels) == THIRDS
     assert frames.seconds[0] == 0
     assert numbers(load(path, C(fps=2, start=4)).pixels) == [24, 27]
+
+
+def test_an_edit_list_that_trims_is_honoured(clip: Path):
+    data = bytearray(clip.read_bytes())
+    entry = data.index(b"elst") + 12  # one entry: the length in ms, then where it begins, in ticks of 1/12288 s
+    length, begin = struct.unpack(">Ii", data[entry : entry + 8])
+    assert length == 5000
+    data[entry : entry + 8] = struct.pack(">Ii", 2500, begin + 7 * 2048)
+    frames = load(data, C(fps=6))
+    assert numbers(frames.pixels) == list(range(7, 22))
+    assert frames.seconds[0] == 0
 
 
 def test_longer_sound_adds_no_frames_and_is_no_damage(folder: Path):
@@ -610,6 +622,16 @@ def test_an_image_file_is_one_frame(tmp_path: Path, format: str, kind: str):
     frames = load(path, C(), kind=kind)
     assert numbers(frames.pixels) == [77]
     assert (frames.kind, frames.seconds.tolist(), frames.fps) == (kind, [0.0], 2.0)
+
+
+def test_an_animation_is_never_taken_for_a_still():
+    first, *others = [Image.fromarray(picture(n)) for n in range(4)]
+    shown = {"save_all": True, "append_images": others, "duration": 500}
+    assert numbers(load(_encoded(first, "GIF", **shown), C(fps=2)).pixels) == [0, 1, 2, 3]
+    assert numbers(load(_encoded(first, "PNG", **shown), C(fps=2)).pixels) == [0, 1, 2, 3]
+    fails(_encoded(first, "WEBP", **shown), "animated webp", "mp4")
+    for format in ("GIF", "PNG", "WEBP"):
+        assert numbers(load(_encoded(first, format, **shown), C(), kind="image").pixels) == [0]
 
 
 def test_every_way_to_name_an_image_gives_the_same(tmp_path: Path):

@@ -223,7 +223,11 @@ def _is_still(data: _Data) -> bool:
     head = _head(data, 4096)
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return b"acTL" not in head
-    return head.startswith(b"\xff\xd8\xff") or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return head.startswith(b"\xff\xd8\xff") or (_is_webp(head) and not (head[12:16] == b"VP8X" and head[20] & 2))
+
+
+def _is_webp(head: bytes) -> bool:
+    return head[:4] == b"RIFF" and head[8:12] == b"WEBP" and len(head) > 20
 
 
 def _read_image(name: str, data: _Data) -> Tensor:
@@ -758,12 +762,12 @@ class _Decoder:
     def _frames(self, key: int | None = None) -> Iterator[Any]:
         """Yield decoded frames in the order shown, from the keyframe with timestamp `key` on (None: from here)."""
         clip = self._clip
-        due = key if key is not None else -math.inf if clip.is_timed else 0
+        due = -math.inf if clip.is_timed else 0
         for packet in self._packets(key):
             for frame in self._decoded(packet):
                 if not clip.is_timed or frame.pts is None:
                     frame.pts = int(max(due, clip.origin))
-                if frame.pts >= due:  # a frame before the keyframe leans on frames that were not decoded
+                if frame.pts >= due:  # one that goes back in time is damage
                     due = frame.pts + (1 if clip.is_timed else frame.duration or clip.gap)
                     yield frame
 
@@ -816,6 +820,8 @@ def _looks_like(data: _Data) -> str:
     head = _head(data, 512)
     if head.lstrip()[:1] == b"<" and b"html" in head.lower():
         return ": it holds a web page, so fetch the file itself"
+    if _is_webp(head):
+        return ": it is an animated webp, which is not supported; convert it to mp4 or gif"
     if head[4:8] == b"ftyp":
         return ": its index is missing or damaged, as after an interrupted copy or recording, so fetch it again"
     if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n\f\x1b" for byte in head):
