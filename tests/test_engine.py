@@ -8,6 +8,7 @@ import torch
 from conftest import load
 
 from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune, tree, verify
+from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _score_rows
 from specvlm.errors import CapacityError
 
@@ -207,11 +208,49 @@ def test_a_tree_pass_gives_what_its_paths_give_alone(pair):
     start.session.rollback()
     logits = start.session.step(tokens, parents)
     sees = tree.ancestors(torch.tensor(parents))
+    fresh = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none")).session
     for row in range(26):
-        start.session.rollback()
         path = tokens[sees[row]]
-        alone = start.session.step(path, range(-1, len(path) - 1))
+        alone = fresh.step(path, range(-1, len(path) - 1))
+        fresh.rollback()
         torch.testing.assert_close(logits[row], alone[-1], rtol=0, atol=1e-3)
+
+
+def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair):
+    """Every node against the draft run along its path as plain text, on a prompt pruned by hand."""
+    start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
+    keep = torch.arange(0, start.prompt.num_visual, 5)
+    sampling = pair.config.sampling
+    drafter = create(pair.config.draft, pair.draft)
+    drafter.begin(Context(pair.target, start.inputs, start.prompt, keep, sampling, verify.Dice(0)))
+    pruned = pair.draft.encode(start.inputs).select(keep)
+    session, _, _ = pair.draft.start(pruned, 64)
+    known = [11]
+    for accepted in ((1, 7, 19), (0, 4, 12, 20), ()):  # a path with a leaf that never ran, one without, none at all
+        draft = drafter.propose(known[-1], 9)
+        tokens, sees = draft.tokens, tree.ancestors(torch.tensor(draft.parents))
+        for node, parent in enumerate(draft.parents):
+            path = known + tokens[sees[parent]].tolist() if parent >= 0 else known
+            logits = session.step(torch.tensor(path), range(-1, len(path) - 1))[-1]
+            session.rollback()
+            assert tokens[node] == logits.topk(4).indices[tree.parse("paper").ranks[node]]
+        words = tuple(tokens[list(accepted)].tolist())
+        drafter.commit(verify.Accepted(accepted, (*words, 17)))
+        known += [*words, 17]
+
+
+def test_a_drafter_that_ignores_its_budget_cannot_lengthen_the_text(pair, monkeypatch):
+    whole = ask(pair, drafter="none").token_ids
+
+    class Greedy(DRAFTERS["none"]):
+        def propose(self, token, budget):
+            place = whole.index(token) + 1
+            return verify.Draft(torch.tensor(whole[place : place + 5]), tuple(range(-1, len(whole[place:][:5]) - 1)))
+
+    monkeypatch.setitem(DRAFTERS, "greedy", Greedy)
+    answer = ask(pair, drafter="greedy", max_new_tokens=3)
+    assert answer.token_ids == whole[:3]
+    assert answer.finish_reason == "length"
 
 
 def test_sampling_end_to_end_has_the_targets_law():
