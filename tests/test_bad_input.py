@@ -49,7 +49,7 @@ SETTINGS = {  # command line -> what its line must say
     "": ["VIDEO", "describe --help"],
 }
 MODELS = {
-    "clip.mp4 --target /nowhere/model": ["/nowhere/model", "directory or hub id"],
+    "clip.mp4 --target /nowhere/model": ["no directory /nowhere/model", "directory or hub id"],
     "clip.mp4 --target models/empty": ["models/empty", "config.json"],
     "clip.mp4 --target models/broken": ["models/broken", "config.json"],
     "clip.mp4 --target models/foo": ["'foo'", "qwen2_5_vl", "llava_onevision"],

@@ -239,6 +239,8 @@ def check_pair(target: VideoLM, draft: VideoLM) -> None:
 
 
 def _model_type(name: str) -> str:
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id
+        raise UnsupportedModel(f"there is no directory {name}: give a Hugging Face directory or hub id")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
