@@ -180,7 +180,7 @@ FILES = {
     "part4.avi": {"codec": "mpeg4"},
     "hevc.mp4": {"codec": "libx265", "rate": 25, "options": {"preset": "ultrafast"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
-    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "crf": "20"}},
     "ntsc.mp4": {"rate": Fraction(30000, 1001)},
     "ntsc.mkv": {"rate": Fraction(30000, 1001)},
 }

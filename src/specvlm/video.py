@@ -32,7 +32,6 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import torch
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -47,6 +46,7 @@ _FORMATS = (  # a playlist format (hls, dash, concat) would let a file name othe
     "mov,matroska,webm,avi,mpegts,mpegtsraw,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,apng,mjpeg,"
     "yuv4mpegpipe,nut,mxf,rm,wtv,dv,3gp,mp3,wav,flac,aac,amr,aiff,w64"
 )
+_ATTACHED_PICTURE = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC
 _IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
@@ -506,7 +506,7 @@ class _Clip:
         source = io.BytesIO(self._data) if isinstance(self._data, bytes) else f"file:{self._data}"
         options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
         try:
-            return av.open(source, options=options, metadata_errors="replace")
+            return av.open(source, container_options=options, metadata_errors="replace")
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(
                 f"{self.name} cannot be read as a video{_looks_like(self._data)} ({_line(error)})"
@@ -515,7 +515,8 @@ class _Clip:
     def video_stream(self, container: Any) -> Any:
         """Return the first video stream that is not the cover picture of a piece of music."""
         for stream in container.streams.video:
-            if not stream.disposition & Disposition.attached_pic:
+            disposition = getattr(stream, "disposition", None)  # an enum, of another kind in each PyAV; 14.0 has none
+            if not getattr(disposition, "value", 0) & _ATTACHED_PICTURE:
                 return stream
         kinds = ", ".join(sorted({stream.type for stream in container.streams}))
         others = f" (only {kinds})" if kinds else ""
@@ -796,7 +797,8 @@ class _Decoder:
         """Return the frame upright, [3, H, W] uint8."""
         self._size = self._size or (frame.width, frame.height)
         width, height = self._size
-        array = self._reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
+        picture = self._reformatter.reformat(frame, width, height, "rgb24", src_color_range=int(frame.color_range))
+        array = picture.to_ndarray()
         return _upright(array, frame).transpose(2, 0, 1)
 
 
