@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from training.world import COLOURS, DIRECTIONS, PLACES, SHAPES, Scene, Thing
+from training.world import COLOURS, Scene, Thing
 
 PROMPTS = (
     "Describe the video in detail.",
@@ -84,9 +84,7 @@ def closing(scene: Scene) -> str:
 def caption(scene: Scene) -> str:
     """The reference caption: the background, each object in order of appearance, and what is left."""
     opening = f"On a {scene.brightness} {scene.texture} background there are {len(scene.things)} objects."
-    sentences = [
-        f"{ordinal} {article(described(thing))} {story(thing)}." for ordinal, thing in zip(ORDINALS, scene.things)
-    ]
+    sentences = [f"{ORDINALS[k]} {article(described(thing))} {story(thing)}." for k, thing in enumerate(scene.things)]
     return " ".join([opening, *sentences, closing(scene)])
 
 

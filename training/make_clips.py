@@ -1,6 +1,6 @@
 """Writes held-out clips as H.264 files, with their reference captions and facts.
 
-    python -m training.make_clips src/specvlm/bundled/clips
+python -m training.make_clips src/specvlm/bundled/clips
 """
 
 import argparse
@@ -10,29 +10,14 @@ from pathlib import Path
 import av
 import torch
 
+from training.heldout import held_out, pixels
 from training.language import PROMPTS, caption
-from training.render import clip_pixels, pack
-from training.world import Scene, sample_scene
+from training.world import Scene
 
 FILE_FPS = 4  # every second frame is one that the models see
-HELD_OUT = 0  # first word of a held-out scene's seed; training draws from other words
-FILE_SEEDS = 5000  # the files' scenes, apart from those that evaluate.py renders by itself
+FILE_SEEDS = 5000  # first scene of the files, apart from those that evaluate.py renders by itself
 FILE_NOISE = 0.2  # of a training clip's noise: grain is what costs bytes
 EXAMPLE = 5097
-LENGTHS = (16, 24, 32, 48, 64)  # sampled frames
-
-
-def held_out(number: int) -> Scene:
-    """The held-out scene of that number; lengths take turns."""
-    return sample_scene((HELD_OUT, number), LENGTHS[number % len(LENGTHS)])
-
-
-def pixels(scene: Scene, fps: float) -> torch.Tensor:
-    """Frames uint8 [T, 168, 168, 3] of one scene, the same on every run of one torch version."""
-    generator = torch.Generator().manual_seed(scene.seed[-1])
-    batch = pack([scene], fps)
-    batch.noise.mul_(FILE_NOISE)
-    return (clip_pixels(batch, fps, generator)[0] * 255).round().byte()
 
 
 def write(scene: Scene, path: Path) -> None:
@@ -40,7 +25,7 @@ def write(scene: Scene, path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FILE_FPS, options={"crf": "26", "preset": "slow", "threads": "1"})
         stream.pix_fmt = "yuv420p"
-        for frame in pixels(scene, FILE_FPS).numpy():
+        for frame in pixels(scene, FILE_FPS, FILE_NOISE).numpy():
             if not stream.codec_context.is_open:
                 stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -113,9 +113,7 @@ def visual_tokens(model: Qwen2_5_VLForConditionalGeneration, patches: Tensor) ->
     return tower.merger(hidden)
 
 
-def hidden_states(
-    model: Qwen2_5_VLForConditionalGeneration, ids: Tensor, positions: Tensor, visual: Tensor
-) -> Tensor:
+def hidden_states(model: Qwen2_5_VLForConditionalGeneration, ids: Tensor, positions: Tensor, visual: Tensor) -> Tensor:
     """Last hidden states [B, L, width] of `ids` [B, L] at `positions` [3, B, L], with `visual` at the video tokens."""
     embeds = model.get_input_embeddings()(ids)
     video = (ids == model.config.video_token_id)[..., None].expand_as(embeds)
@@ -149,9 +147,9 @@ def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, f
     folder.mkdir(parents=True, exist_ok=True)
     rounded = Qwen2_5_VLForConditionalGeneration(model.config)
     rounded.load_state_dict({name: value.detach().cpu() for name, value in model.state_dict().items()})
-    rounded = rounded.to(torch.bfloat16)
+    rounded, text = rounded.to(torch.bfloat16), model.config.text_config
     rounded.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
+        do_sample=False, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
     rounded.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)

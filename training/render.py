@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.world import BRIGHTNESS, COLOURS, DIRECTIONS, FRAME, SAMPLED_FPS, SHAPES, SPEEDS, TEXTURES, Scene
+from training.world import (
+    BRIGHTNESS,
+    COLOURS,
+    DIRECTIONS,
+    ENTRIES,
+    FRAME,
+    SAMPLED_FPS,
+    SHAPES,
+    SPEEDS,
+    TEXTURES,
+    Scene,
+    Thing,
+)
 
 WINDOW = 48  # pixels; the largest object is 42 wide
 DRIFT = 28  # pixels of background beyond the frame on each side
@@ -60,6 +72,7 @@ class Batch:
     colour: Tensor  # [B, N] index into COLOURS
     digit: Tensor  # [B, N] 0..9 or NO_DIGIT
     motion: Tensor  # [B, N] 0 at rest, else 1 + direction * 2 + speed
+    entry: Tensor  # [B, N] index into ENTRIES
     ground: Tensor  # [B, 7] level, angle, texture index, drift x, drift y, noise, seed
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -81,19 +94,24 @@ def pack(scenes: list[Scene], fps: float = SAMPLED_FPS) -> Batch:
     seconds = np.arange(num_frames) / fps
     shape = (len(scenes), MAX_THINGS)
     centre, shown = np.full((*shape, num_frames, 2), -99.0, np.float32), np.zeros((*shape, num_frames), bool)
-    radius, index = np.ones(shape, np.float32), np.zeros((4, *shape), np.int64)
+    radius, index = np.ones(shape, np.float32), np.zeros((5, *shape), np.int64)
     for b, scene in enumerate(scenes):
         for n, thing in enumerate(scene.things):
             path = thing.path
             centre[b, n], shown[b, n], radius[b, n] = path.centres(seconds), path.visible(seconds), thing.radius
-            moving = 0
-            if path.direction:
-                moving = 1 + 2 * list(DIRECTIONS).index(path.direction) + list(SPEEDS).index(path.speed)
-            digit = NO_DIGIT if thing.digit is None else thing.digit
-            index[:, b, n] = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), digit, moving
+            index[:, b, n] = _classes(thing)
     ground = [_ground(scene) for scene in scenes]
     arrays = (centre, shown, radius, *index, np.array(ground, np.float32))
     return Batch(*(torch.from_numpy(array) for array in arrays))
+
+
+def _classes(thing: Thing) -> tuple[int, ...]:
+    """Shape, colour, digit, motion and entry as indices."""
+    path, moving = thing.path, 0
+    if path.direction:
+        moving = 1 + 2 * list(DIRECTIONS).index(path.direction) + list(SPEEDS).index(path.speed)
+    digit = NO_DIGIT if thing.digit is None else thing.digit
+    return SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), digit, moving, ENTRIES.index(path.entry)
 
 
 def _ground(scene: Scene) -> tuple[float, ...]:
@@ -228,7 +246,7 @@ def cell_labels(batch: Batch) -> dict[str, Tensor]:
     """What each visual token shows: class indices [B, T/2 * 36] by attribute, -100 where no object is.
 
     An object counts in a cell when its core (0.6 of its radius) reaches into it in one of the two frames; the front
-    one wins. "colour" has one more class for no object.
+    one wins. "colour" has one more class for no object. "rank" and "entry" need the frames before.
     """
     device = batch.centre.device
     middle = (torch.arange(CELLS, device=device) + 0.5) * CELL
@@ -237,17 +255,19 @@ def cell_labels(batch: Batch) -> dict[str, Tensor]:
     away = torch.hypot(down[..., :, None], across[..., None, :]).flatten(-2)  # [B, N, T, 36]
     hit = (away < 0.6 * batch.radius[..., None, None]) & batch.shown[..., None]
     hit = hit.unflatten(2, (-1, TEMPORAL)).any(3)  # [B, N, T/2, 36]
-    order = torch.arange(1, MAX_THINGS + 1, device=device)[None, :, None, None]
-    front = (hit * order).amax(1).flatten(1) - 1  # [B, T/2 * 36], -1 for none
-    labels = {"colour": batch.colour, "shape": batch.shape, "digit": batch.digit, "motion": batch.motion}
-    labels["size"] = (batch.radius > 15).long()
-    found = {name: torch.where(front < 0, -100, value.gather(1, front.clamp(min=0))) for name, value in labels.items()}
-    found["colour"] = torch.where(front < 0, len(COLOURS), found["colour"])
+    rank = torch.arange(MAX_THINGS, device=device).expand_as(batch.shape)
+    front = (hit * (rank[..., None, None] + 1)).amax(1).flatten(1) - 1  # [B, T/2 * 36], -1 for none
+    classes = {name: getattr(batch, name) for name in ("colour", "shape", "digit", "motion", "entry")}
+    classes |= {"size": (batch.radius > 15).long(), "rank": rank}
+    labels = {
+        name: torch.where(front < 0, -100, value.gather(1, front.clamp(min=0))) for name, value in classes.items()
+    }
+    labels["colour"] = torch.where(front < 0, len(COLOURS), labels["colour"])
     cell = torch.arange(front.shape[1], device=device).expand_as(front)
-    return found | {"row": cell // CELLS % CELLS, "column": cell % CELLS}
+    return labels | {"row": cell // CELLS % CELLS, "column": cell % CELLS}
 
 
-LABEL_SIZES = {
+SEEN = {  # classes by attribute that two frames show
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES),
     "digit": NO_DIGIT + 1,
@@ -256,3 +276,4 @@ LABEL_SIZES = {
     "row": CELLS,
     "column": CELLS,
 }
+REMEMBERED = {"rank": MAX_THINGS, "entry": len(ENTRIES)}  # classes by attribute that need the frames before

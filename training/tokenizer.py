@@ -1,6 +1,6 @@
 """The byte-level BPE of the bundled pair, with Qwen's special tokens and chat format.
 
-    python -m training.tokenizer OUT_DIR
+python -m training.tokenizer OUT_DIR
 """
 
 import argparse

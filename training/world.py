@@ -42,12 +42,14 @@ PLACES = {
     for row, y in (("top", 28.0), ("", 84.0), ("bottom", 140.0))
     for column, x in (("left", 28.0), ("", 84.0), ("right", 140.0))
 }
+ENTRIES = (*(f"from {side}" for side in ("left", "right", "top", "bottom")), *(f"at {place}" for place in PLACES))
 
 ENTRY_GAP = 1.5  # seconds between two entries, so that their order can be seen
 LAST_ENTRY = 4.0  # seconds before the end
 SETTLED = 1.25  # seconds for which an ending must be in view to count as one
 CORNER = 20.0  # pixels: paths that cross the frame's edge nearer to a corner have no clear side
-MAX_OBJECTS = {16: 3, 24: 4}  # by sampled frames; 5 in anything longer
+MIN_OBJECTS = {16: 2}  # by sampled frames; 3 in anything longer
+MAX_OBJECTS = {16: 3, 24: 4}  # 5 in anything longer
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Thing:
     path: Path
 
     def facts(self) -> dict[str, str]:
-        """One entry for each slot that a caption states; small objects carry no digit, resting ones have no direction."""
+        """One entry a slot of the caption; small objects carry no digit, resting ones have no direction."""
         facts = {"size": self.size, "colour": self.colour, "shape": self.shape}
         if self.size == "large":
             facts["digit"] = "none" if self.digit is None else str(self.digit)
@@ -130,7 +132,7 @@ class Scene:
 
 
 def to_edge(point: np.ndarray, step: np.ndarray) -> tuple[float, str, bool]:
-    """Distance from `point` along the unit vector `step` to the frame's edge, its side, and whether the side is clear."""
+    """Distance from `point` along the unit vector `step` to the frame's edge, the side, and whether it is clear."""
     reach, sides = [], []
     for axis, (low, high) in enumerate((("left", "right"), ("top", "bottom"))):
         if abs(step[axis]) > 1e-9:
@@ -159,7 +161,9 @@ def sample_motion(rng: Generator, start: float, end: float, spot: str, radius: f
     step = np.array(DIRECTIONS[direction], dtype=float)
     step /= np.linalg.norm(step)
     rate, outside = rng.uniform(*SPEEDS[speed]), (radius + 2) / np.abs(step).max()
-    through = np.array(PLACES[spot]) + rng.uniform(-7, 7, 2) if kind in ("stop", "depart") else rng.uniform(36, FRAME - 36, 2)
+    through = (
+        np.array(PLACES[spot]) + rng.uniform(-7, 7, 2) if kind in ("stop", "depart") else rng.uniform(36, FRAME - 36, 2)
+    )
     back, came, clear = to_edge(through, -step)
     ahead, exit_side, exit_clear = to_edge(through, step)
 
@@ -192,7 +196,9 @@ def sample_motion(rng: Generator, start: float, end: float, spot: str, radius: f
 def sample_path(rng: Generator, start: float, end: float, spot: str, radius: float) -> Path:
     """A path whose every fact can be seen before `end`."""
     while True:
-        path = sample_rest(rng, start, end, spot) if rng.random() < 0.2 else sample_motion(rng, start, end, spot, radius)
+        path = (
+            sample_rest(rng, start, end, spot) if rng.random() < 0.2 else sample_motion(rng, start, end, spot, radius)
+        )
         if path is not None:
             return path
 
@@ -217,7 +223,8 @@ def sample_thing(rng: Generator, colour: str, spot: str, start: float, end: floa
 def sample_scene(seed: tuple[int, ...], num_frames: int, max_objects: int = 5) -> Scene:
     """The scene of `seed`: 2 to 5 objects of different colours in `num_frames` frames at SAMPLED_FPS."""
     rng = np.random.default_rng(seed)
-    count = int(rng.integers(2, min(MAX_OBJECTS.get(num_frames, 5), max_objects) + 1))
+    most = min(MAX_OBJECTS.get(num_frames, 5), max_objects)
+    count = int(rng.integers(min(MIN_OBJECTS.get(num_frames, 3), most - 1), most + 1))
     end = (num_frames - 1) / SAMPLED_FPS
     colours = rng.permutation(list(COLOURS))[:count]
     spots = rng.permutation(list(PLACES))[:count]
