@@ -557,7 +557,8 @@ class _Clip:
         is_reliable = any(name in self._scout.format.name for name in ("mov", "matroska", "avi"))
         self.is_cut |= is_reliable and lacking > 0.5 + 2 / self.rate
         is_rounded = abs(stated - self.last_end) <= 2 * max(self.tick, 1e-3)
-        self.end = stated if is_own or is_rounded or self.is_cut else self.last_end
+        is_shorter = is_own and stated < self.last_end
+        self.end = stated if self.is_cut or is_rounded or is_shorter else self.last_end
 
     def _stated_end(self) -> tuple[float | None, bool]:
         """Return the end that the headers state, None where they are silent, and whether it is the video's own."""
