@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 from specvlm.families import family_for
 from specvlm.families.base import Inputs, Prompt
+from specvlm.families.pixels import Budget, fit
 from specvlm.video import Frames
 
 ORACLE = Path(sys.prefix) / "oracle"
@@ -60,6 +62,7 @@ def cases() -> dict[str, Case]:
             f"{family}/large": Case(family, one, [tiny.video(4, 311, 523)]),
             f"{family}/tiny": Case(family, one, [tiny.video(4, 9, 14)]),
             f"{family}/thin": Case(family, one, [tiny.video(4, 20, 300)]),
+            f"{family}/rounded": Case(family, one, [tiny.video(3, 170, 180)]),
             f"{family}/wide": Case(family, one, [tiny.video(2, 20, 1900)]),
             f"{family}/image": Case(family, tiny.messages("image", "What?"), [tiny.image(97, 60)]),
             f"{family}/wide image": Case(family, tiny.messages("What?", "image"), [tiny.image(30, 400)]),
@@ -214,6 +217,15 @@ def test_limits_bound_the_frames(name: str, limits: dict[str, int], most: int, n
         assert visual.grid[1] * visual.grid[2] >= 2  # and not needlessly few
 
 
+def test_a_limit_on_the_frame_always_holds() -> None:
+    for frames, height, width in itertools.product((1, 2, 3, 5), (10, 64, 97, 300), (20, 96, 131, 500)):
+        padded = max(2, round(frames / 2) * 2)
+        budget = Budget(32, 4 * 32 * 32, 96 * 32 * 32, frames, padded, grows=True).lowered(7 * 32 * 32)
+        rows, columns = fit(height, width, budget)
+        assert rows % 32 == columns % 32 == 0
+        assert 0 < rows * columns <= 7 * 32 * 32
+
+
 def test_limits_too_small_are_refused() -> None:
     _, family = tiny.load("qwen2_5_vl")
     with pytest.raises(ConfigError, match=r"total_pixels=3000 .* at least 3136 \(4 x 784\), or fewer frames"):
@@ -255,8 +267,9 @@ def test_corrupt_file_names_itself(content: str, tmp_path: Path) -> None:
 def test_one_frame_makes_a_video() -> None:
     """HF refuses a single frame for Qwen3-VL; here it counts as a still time step."""
     _, family = tiny.load("qwen3_vl")
-    inputs = family.inputs(tiny.messages("video"), [tiny.video(1)])
-    twice = replace(tiny.video(1), pixels=tiny.video(1).pixels.repeat(2, 1, 1, 1), seconds=torch.zeros(2).double())
+    once = tiny.video(1, 300, 300)
+    inputs = family.inputs(tiny.messages("video"), [once])
+    twice = replace(once, pixels=once.pixels.repeat(2, 1, 1, 1), seconds=torch.zeros(2).double())
     expected = family.inputs(tiny.messages("video"), [twice])
     assert torch.equal(inputs.input_ids, expected.input_ids)
     assert torch.equal(inputs.model_kwargs["pixel_values_videos"], expected.model_kwargs["pixel_values_videos"])
@@ -265,11 +278,13 @@ def test_one_frame_makes_a_video() -> None:
 # ---------------------------------------------------------------- messages and media
 
 
-def test_media_payload_never_reaches_the_template() -> None:
-    _, family = tiny.load("qwen2_5_vl")
-    content = [{"type": "video", "video": "clip.mp4", "text": "<|video_pad|>"}, {"type": "text", "text": "Hi"}]
-    found = family.inputs([{"role": "user", "content": content}], [tiny.video(4)])
-    assert torch.equal(found.input_ids, family.inputs(tiny.messages("video", "Hi"), [tiny.video(4)]).input_ids)
+def test_media_payload_never_reaches_the_template(tmp_path: Path) -> None:
+    directory = write(Case("qwen2_5_vl", [], []), tmp_path / "copy")
+    (Path(directory) / "chat_template.jinja").write_text("{{ messages[0]['content'] | tojson }}")
+    family = family_at("qwen2_5_vl", directory)
+    content = [{"type": "video", "video": "clip.mp4", "fps": 2}, {"type": "text", "text": "Hi"}]
+    inputs = family.inputs([{"role": "user", "content": content}], [])
+    assert json.loads(family.tokenizer.decode(inputs.input_ids)) == [{"type": "video"}, {"type": "text", "text": "Hi"}]
 
 
 def test_placeholder_in_plain_text_stands_for_a_medium() -> None:
