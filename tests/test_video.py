@@ -447,10 +447,12 @@ def test_every_way_to_name_a_file_gives_the_same(clip: Path):
             assert torch.equal(frames.seconds, plain.seconds)
 
 
-def test_a_file_url_may_hold_escapes_and_a_path_odd_signs(clip: Path, tmp_path: Path):
+def test_a_file_url_may_hold_escapes_and_a_path_odd_signs(clip: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("with space %41.mp4", "a:b.mp4", "concat:x.mp4", "%03d.mp4", "é.mp4", "no suffix"):
         path = tmp_path / name
         path.write_bytes(clip.read_bytes())
+        assert len(load(name, C()).pixels) == 10
         assert len(load(path, C()).pixels) == 10
         assert len(load(path.as_uri(), C()).pixels) == 10
 

@@ -764,14 +764,13 @@ class _Decoder:
     def _frames(self, key: int | None = None) -> Iterator[Any]:
         """Yield decoded frames in the order shown, from the keyframe with timestamp `key` on (None: from here)."""
         clip = self._clip
-        due = -math.inf if clip.is_timed else 0
+        due = clip.origin
         for packet in self._packets(key):
             for frame in self._decoded(packet):
                 if not clip.is_timed or frame.pts is None:
-                    frame.pts = int(max(due, clip.origin))
-                if frame.pts >= due:  # one that goes back in time is damage
-                    due = frame.pts + (1 if clip.is_timed else frame.duration or clip.gap)
-                    yield frame
+                    frame.pts = due
+                due = frame.pts + (frame.duration or clip.gap)
+                yield frame
 
     def _packets(self, key: int | None) -> Iterator[Any]:
         """Yield packets, then None, which makes the decoder hand out what it holds back."""
