@@ -272,9 +272,20 @@ def test_the_program_ends_with_2_and_one_line(line, wanted):
 def test_a_reader_that_goes_away():
     read, write = os.pipe()
     os.close(read)
+    with os.fdopen(write) as stdout:
+        assert _help_to(stdout) == "specvlm: stdout was closed before all was written: read it to its end\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk():
+    with open("/dev/full", "w") as stdout:
+        assert _help_to(stdout) == "specvlm: no space left on the device: free some, or write elsewhere\n"
+
+
+def _help_to(stdout):
+    """Print the help to a file that cannot take it; return what stderr says."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-m", "specvlm", "--help"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
-    os.close(write)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 2
-    assert done.stderr == "specvlm: stdout was closed before all was written: read it to its end\n"
+    return done.stderr

@@ -7,6 +7,7 @@ imported when a command runs, so that help and bad options answer at once. An er
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 PARTS: dict[str, Any] = get_type_hints(EngineConfig)  # "video" -> VideoConfig, ...
 MODEL_OPTIONS = ("target", "draft", "device", "draft_device", "dtype")
+NOT_WRITTEN = {
+    errno.EPIPE: "stdout was closed before all was written: read it to its end",
+    errno.ENOSPC: "no space left on the device: free some, or write elsewhere",
+}
 STAGES = {
     "read": "reading the video",
     "encode": "encoding the frames",
@@ -50,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SpecVLMError as error:
         return _fail(str(error))
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would raise again
-        return _fail("stdout was closed before all was written: read it to its end")
+        return _fail(NOT_WRITTEN[error.errno])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -341,7 +348,7 @@ def _text_on_stdout(status: Status) -> Iterator[Callable[[Chunk], None]]:
     try:
         yield write
     finally:
-        if has_begun and not isinstance(sys.exc_info()[1], BrokenPipeError):
+        if has_begun and not isinstance(sys.exc_info()[1], OSError):  # stdout may be what failed
             print(flush=True)
 
 

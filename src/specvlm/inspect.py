@@ -203,8 +203,8 @@ def _heated(heat: npt.NDArray[np.float32], cell: int) -> Image.Image:
 
 
 def _colours(heat: npt.NDArray[np.float32]) -> Pixels:
-    """Return the colour [..., 3] of each value from 0 to 1; the square root lets small ones be told apart."""
-    places = np.linspace(0, 1, len(HEAT)) ** 2
+    """Return the colour [..., 3] of each value from 0 to 1; small ones take up more of the colours."""
+    places = np.linspace(0, 1, len(HEAT)) ** 1.5
     return np.stack([np.interp(heat, places, channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
 
 
