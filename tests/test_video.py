@@ -495,7 +495,7 @@ def test_unusable_files_are_explained(folder: Path, tmp_path: Path, clip: Path):
     fails(tmp_path / "gone.mp4", "gone.mp4", "does not exist")
     fails("nul\0byte.mp4", "does not exist")
     fails("two\nlines.mp4", "does not exist")
-    fails(tmp_path, str(tmp_path), "directory")
+    fails(tmp_path, str(tmp_path), "is a directory: pass one file")
     (tmp_path / "empty.mp4").touch()
     fails(tmp_path / "empty.mp4", "empty (0 bytes)")
     fails(b"", "empty")
