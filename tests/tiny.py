@@ -65,7 +65,7 @@ QWEN_PLACEHOLDER = "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
 LLAVA_PLACEHOLDER = "<{{ part['type'] }}>\n"
 
 TILE = 35  # pixels a side of LLaVA's frames and tiles: 5 x 5 features, 3 x 3 once pooled
-PINPOINTS = [[TILE * rows, TILE * columns] for rows in range(1, 5) for columns in range(1, 5)]
+PINPOINTS = [[TILE * rows, TILE * columns] for rows in (3, 1, 4, 2) for columns in (4, 2, 1, 3)]  # no order helps
 
 _root = Path(tempfile.mkdtemp(prefix="specvlm-tiny-"))
 atexit.register(shutil.rmtree, _root, ignore_errors=True)
