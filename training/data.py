@@ -83,10 +83,12 @@ class Sample:
     targets: Tensor  # [M] that token
 
     def to(self, device: torch.device | str) -> "Sample":
+        """The sample on `device`."""
         rest = (self.ids, self.positions, self.where, self.targets)
         return Sample(self.batch.to(device), *(value.to(device, non_blocking=True) for value in rest))
 
     def pin_memory(self) -> "Sample":
+        """The sample in page-locked memory; the loader calls this."""
         rest = (self.ids, self.positions, self.where, self.targets)
         return Sample(
             Batch(*(value.pin_memory() for value in vars(self.batch).values())), *(value.pin_memory() for value in rest)
@@ -113,15 +115,18 @@ class Curriculum:
     warm_steps: int  # training steps of short clips with few objects and mostly questions
 
     def num_frames(self, step: int) -> int:
+        """Sampled frames of every clip in the batch of that step, in any process."""
         choices, odds = (
             ((16, 24), None) if step < self.warm_steps else ((16, 24, 32, 48, 64), (0.2, 0.2, 0.25, 0.2, 0.15))
         )
         return int(np.random.default_rng((3, step)).choice(choices, p=odds))
 
     def max_objects(self, step: int) -> int:
+        """The most objects a clip may show."""
         return 3 if step < self.warm_steps else 5
 
     def captioned(self, step: int) -> float:
+        """Share of the conversations that start with a caption."""
         return 0.3 if step < self.warm_steps else 0.55
 
 
@@ -132,6 +137,7 @@ class Clips(IterableDataset):
         self.encoder, self.curriculum, self.stream, self.first_step = encoder, curriculum, stream, first_step
 
     def sample(self, step: int) -> Sample:
+        """The batch of that step."""
         plan, num_frames = self.curriculum, self.curriculum.num_frames(step)
         count, num_steps = max(plan.steps_a_batch * TEMPORAL // num_frames, 1), num_frames // TEMPORAL
         scenes, rows = [], []

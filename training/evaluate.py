@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from training import models
 from training.data import SYSTEM, VIDEO
 from training.heldout import held_out, pixels
-from training.language import PROMPTS, caption, score
+from training.language import PROMPTS, caption, questions, score
 from training.render import CELLS, MERGE, TEMPORAL, patchify
 from training.world import SAMPLED_FPS
 
@@ -130,15 +131,30 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clips: l
     }
 
 
+def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> float:
+    """Share of `count` short questions, one a held-out scene, that are answered word for word."""
+    right = 0
+    for number in range(count):
+        scene = held_out(number)
+        turn = questions(scene, np.random.default_rng(number), 1)[0]
+        right += answers(model, tokenizer, turn.prompt, [pixels(scene, SAMPLED_FPS)]) == [turn.answer]
+    return right / count
+
+
 def main() -> None:
+    """Prints one JSON line of scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--clips", type=Path, help="folder of make_clips.py; rendered clips without it")
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=0, help="short questions to ask besides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    model, tokenizer = models.load(args.model, args.device), AutoTokenizer.from_pretrained(args.model)
     clips, began = decoded(args.clips) if args.clips else rendered(args.count), time.monotonic()
-    result = measure(models.load(args.model, args.device), AutoTokenizer.from_pretrained(args.model), clips)
+    result = measure(model, tokenizer, clips) if clips else {}
+    if args.questions:
+        result |= {"questions": args.questions, "answered": round(answered(model, tokenizer, args.questions), 4)}
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -35,19 +35,23 @@ def joined(words: list[str]) -> str:
 
 
 def article(words: str) -> str:
+    """The words after "a" or "an"."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def heading(direction: str) -> str:
+    """ "up", "to the lower left"."""
     return direction if direction in ("up", "down") else f"to the {direction}"
 
 
 def entrance(thing: Thing) -> str:
+    """How it comes into the picture."""
     kind, where = thing.path.entry.split(" ", 1)
     return f"enters from the {where}" if kind == "from" else f"appears at the {where}"
 
 
 def ending(thing: Thing) -> str:
+    """What becomes of it."""
     kind, _, where = thing.path.end.partition(" ")
     return {
         "leaves": f"leaves at the {where}",
@@ -60,6 +64,7 @@ def ending(thing: Thing) -> str:
 
 
 def motion(thing: Thing) -> str:
+    """How it moves; empty for an object at rest."""
     return f"moves {thing.path.speed} {heading(thing.path.direction)}" if thing.path.direction else ""
 
 
@@ -75,6 +80,7 @@ def story(thing: Thing) -> str:
 
 
 def closing(scene: Scene) -> str:
+    """What is left in view."""
     left = [f"the {thing.name}" for thing in scene.things if thing.remains]
     if not left:
         return "At the end nothing is in view."

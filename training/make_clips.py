@@ -33,6 +33,7 @@ def write(scene: Scene, path: Path) -> None:
 
 
 def record(scene: Scene, number: int, name: str) -> dict[str, object]:
+    """One line of clips.jsonl."""
     return {
         "id": name,
         "file": f"{name}.mp4",
@@ -45,6 +46,7 @@ def record(scene: Scene, number: int, name: str) -> dict[str, object]:
 
 
 def main() -> None:
+    """Writes the clips, their records, and one example that is not among them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=40)

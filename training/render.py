@@ -76,6 +76,7 @@ class Batch:
     ground: Tensor  # [B, 7] level, angle, texture index, drift x, drift y, noise, seed
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
     @property
@@ -85,6 +86,7 @@ class Batch:
 
     @property
     def num_frames(self) -> int:
+        """Frames of each clip."""
         return self.centre.shape[2]
 
 

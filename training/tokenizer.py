@@ -100,6 +100,7 @@ def build(num_scenes: int = 2000) -> Qwen2Tokenizer:
 
 
 def main() -> None:
+    """Trains and saves the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     build().save_pretrained(parser.parse_args().out)

@@ -30,6 +30,7 @@ from training import models
 from training.data import Clips, Curriculum, Encoder, Sample, loader
 from training.render import REMEMBERED, SEEN, cell_labels, clip_pixels, patchify
 from training.tokenizer import build as build_tokenizer
+from training.world import COLOURS
 
 LOG_EVERY = 20  # steps between log lines, and between agreements on the learning rate
 
@@ -48,6 +49,7 @@ class Plan:
     tokenizer: Path | None
     start: Path | None
     teacher: Path | None
+    keep: float
     compiled: bool
     max_steps: int
 
@@ -70,8 +72,9 @@ class Probes(nn.Module):
 class Learner(nn.Module):
     """A model with its probes; calling it gives the losses of a sample."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, teacher: nn.Module | None) -> None:
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, teacher: nn.Module | None, keep: float) -> None:
         super().__init__()
+        self.keep = keep
         self.model, self.probes = model, Probes(model.config.text_config.hidden_size)
         layers = model.model.language_model.layers
         self._middle: Tensor | None = None
@@ -82,12 +85,17 @@ class Learner(nn.Module):
         self._middle = output
 
     def forward(self, sample: Sample, patches: Tensor) -> dict[str, Tensor]:
+        """Losses of `sample`, whose clips are `patches` [all patches, 1176]."""
         labels = cell_labels(sample.batch)
         visual = models.visual_tokens(self.model, patches)
         losses = Probes.losses(self.probes.seen(visual), SEEN, labels)
-        logits = self._answers(self.model, sample, visual)
-        at_video = self._middle[sample.ids == self.model.config.video_token_id]
-        losses |= Probes.losses(self.probes.remembered(at_video), REMEMBERED, labels)
+        shown, video = sample, self.model.config.video_token_id
+        if torch.rand(()) < 0.5 and self.keep < 1:
+            kept = likely(labels["colour"], self.keep)
+            shown, visual = thinned(sample, kept, video), visual[kept.flatten()]
+            labels = {name: value[kept] for name, value in labels.items()}
+        logits = self._answers(self.model, shown, visual)
+        losses |= Probes.losses(self.probes.remembered(self._middle[shown.ids == video]), REMEMBERED, labels)
         losses["text"] = F.cross_entropy(logits.float(), sample.targets)
         if self.teacher is not None:
             losses["teacher"] = self._distance(logits, sample, patches)
@@ -105,6 +113,22 @@ class Learner(nn.Module):
         return F.kl_div(
             logits.float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="batchmean", log_target=True
         )
+
+
+def likely(colour: Tensor, share: float) -> Tensor:
+    """Mask [B, V] of `share` of the visual tokens, drawn at random with a preference for those that show an object."""
+    odds = torch.rand(colour.shape, device=colour.device) + 0.7 * (colour < len(COLOURS))
+    chosen = odds.topk(round(colour.shape[1] * share), dim=1).indices
+    return torch.zeros_like(colour, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def thinned(sample: Sample, kept: Tensor, video: int) -> Sample:
+    """The sample without the visual tokens outside `kept` [B, V]; the others stay at their positions."""
+    stays = (sample.ids != video).masked_scatter(sample.ids == video, kept)  # [B, L]
+    count, length = len(stays), int(stays[0].sum())
+    moved = (stays.cumsum(1) - 1 + length * torch.arange(count, device=stays.device)[:, None]).flatten()
+    positions = sample.positions[:, stays].view(3, count, length)
+    return Sample(sample.batch, sample.ids[stays].view(count, length), positions, moved[sample.where], sample.targets)
 
 
 def total(losses: dict[str, Tensor], progress: float) -> Tensor:
@@ -158,7 +182,7 @@ def prepare(plan: Plan, tokenizer: Qwen2Tokenizer, device: torch.device) -> Lear
         if plan.compiled:
             for block in [*part.model.visual.blocks, *part.model.language_model.layers]:
                 block.forward = torch.compile(block.forward)  # hooks stay outside
-    return Learner(model, teacher).to(device).train()
+    return Learner(model, teacher, plan.keep).to(device).train()
 
 
 def train(plan: Plan, learner: Learner, batches: Iterator[Sample], device: torch.device) -> None:
@@ -199,10 +223,12 @@ def report(step: int, seconds: float, clips: int, losses: dict[str, Tensor]) -> 
 
 
 def rank() -> int:
+    """Number of this process, from torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Number of processes, from torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -221,6 +247,7 @@ def start_device() -> torch.device:
 
 
 def parse_plan() -> Plan:
+    """The command line as a plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=list(models.SIZES))
     parser.add_argument("out", type=Path)
@@ -232,6 +259,7 @@ def parse_plan() -> Plan:
     parser.add_argument("--tokenizer", type=Path, help="folder of a saved tokenizer; trained anew without it")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--teacher", type=Path, help="checkpoint to distil from")
+    parser.add_argument("--keep", type=float, default=1.0, help="share of visual tokens in half of the steps")
     parser.add_argument("--compiled", action="store_true", help="compile the layers")
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--small", action="store_true", help="a short run on a CPU")
@@ -242,6 +270,7 @@ def parse_plan() -> Plan:
 
 
 def main() -> None:
+    """Trains and saves one model."""
     plan = parse_plan()
     device = start_device()
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer) if plan.tokenizer else build_tokenizer()

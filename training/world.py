@@ -101,6 +101,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """What picks it out: no two objects of a scene have one colour."""
         return f"{self.colour} {self.shape}"
 
 
@@ -117,6 +118,7 @@ class Scene:
 
     @property
     def seconds(self) -> float:
+        """Length of the clip."""
         return self.num_frames / SAMPLED_FPS
 
     def facts(self) -> dict[str, str]:
@@ -214,6 +216,7 @@ def sample_starts(rng: Generator, count: int, end: float) -> np.ndarray:
 
 
 def sample_thing(rng: Generator, colour: str, spot: str, start: float, end: float) -> Thing:
+    """An object that enters at `start` seconds; `spot` is where it rests, stops or starts from, if it does."""
     size = str(rng.choice(list(RADII)))
     radius = rng.uniform(*RADII[size])
     digit = int(rng.integers(10)) if size == "large" and rng.random() < 0.6 else None
