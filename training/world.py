@@ -5,6 +5,7 @@ FRAME x FRAME picture with the origin at the top left, times are seconds.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -133,8 +134,16 @@ class Scene:
         return facts
 
 
-def to_edge(point: np.ndarray, step: np.ndarray) -> tuple[float, str, bool]:
-    """Distance from `point` along the unit vector `step` to the frame's edge, the side, and whether it is clear."""
+class Edge(NamedTuple):
+    """Where a straight course crosses the frame's edge."""
+
+    distance: float  # pixels from where the course was asked
+    side: str
+    clear: bool  # far enough from a corner to name the side
+
+
+def to_edge(point: np.ndarray, step: np.ndarray) -> Edge:
+    """Where the course from `point` along the unit vector `step` leaves the frame."""
     reach, sides = [], []
     for axis, (low, high) in enumerate((("left", "right"), ("top", "bottom"))):
         if abs(step[axis]) > 1e-9:
@@ -142,12 +151,17 @@ def to_edge(point: np.ndarray, step: np.ndarray) -> tuple[float, str, bool]:
             reach.append((wall - point[axis]) / step[axis])
             sides.append(high if step[axis] > 0 else low)
     nearest = int(np.argmin(reach))
-    return reach[nearest], sides[nearest], len(reach) == 1 or abs(reach[0] - reach[1]) > CORNER
+    return Edge(reach[nearest], sides[nearest], len(reach) == 1 or abs(reach[0] - reach[1]) > CORNER)
+
+
+def near(rng: Generator, spot: str) -> np.ndarray:
+    """A point [2] close to the middle of that place."""
+    return np.array(PLACES[spot]) + rng.uniform(-7, 7, 2)
 
 
 def sample_rest(rng: Generator, start: float, end: float, spot: str) -> Path | None:
     """An object that appears at `spot` and stays, or vanishes after a while."""
-    where = np.array(PLACES[spot]) + rng.uniform(-7, 7, 2)
+    where = near(rng, spot)
     waypoints = np.array([[start, *where], [end, *where]])
     if rng.random() < 0.65:
         return Path(f"at {spot}", "stays", waypoints, (start, np.inf))
@@ -155,44 +169,52 @@ def sample_rest(rng: Generator, start: float, end: float, spot: str) -> Path | N
     return Path(f"at {spot}", "vanishes", waypoints, (start, gone)) if gone < end - SETTLED else None
 
 
+def course(
+    kind: str, through: np.ndarray, step: np.ndarray, behind: Edge, ahead: Edge, radius: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last point [2] of a straight course; outside the frame where the object enters or leaves."""
+    outside = (radius + 2) / np.abs(step).max()
+    first = through if kind == "depart" else through - (behind.distance + outside) * step
+    if kind == "stop":
+        return first, through
+    return first, through + (ahead.distance + (-radius if kind == "bounce" else outside)) * step
+
+
+def outcome(kind: str, spot: str, side: str, left: float) -> str | None:
+    """The words for the end of a course that is over `left` seconds before the clip; None when it is a close call."""
+    if left < 0:
+        return "moving"
+    if left <= SETTLED:
+        return None
+    return {"stop": f"stops {spot}", "bounce": f"bounces {side}"}.get(kind, f"leaves {side}")
+
+
 def sample_motion(rng: Generator, start: float, end: float, spot: str, radius: float) -> Path | None:
     """An object that moves; None when the drawn one would leave a fact unclear."""
-    kind = rng.choice(["cross", "stop", "bounce", "depart"], p=[0.36, 0.28, 0.18, 0.18])
-    names = list(DIRECTIONS)[:4] if kind == "bounce" else list(DIRECTIONS)
-    direction, speed = str(rng.choice(names)), str(rng.choice(list(SPEEDS)))
-    step = np.array(DIRECTIONS[direction], dtype=float)
-    step /= np.linalg.norm(step)
-    rate, outside = rng.uniform(*SPEEDS[speed]), (radius + 2) / np.abs(step).max()
-    through = (
-        np.array(PLACES[spot]) + rng.uniform(-7, 7, 2) if kind in ("stop", "depart") else rng.uniform(36, FRAME - 36, 2)
-    )
-    back, came, clear = to_edge(through, -step)
-    ahead, exit_side, exit_clear = to_edge(through, step)
+    kind = str(rng.choice(["cross", "stop", "bounce", "depart"], p=[0.36, 0.28, 0.18, 0.18]))
+    direction = str(rng.choice(list(DIRECTIONS)[:4] if kind == "bounce" else list(DIRECTIONS)))
+    speed = str(rng.choice(list(SPEEDS)))
+    step = np.array(DIRECTIONS[direction]) / np.linalg.norm(DIRECTIONS[direction])
+    rate = rng.uniform(*SPEEDS[speed])
+    through = near(rng, spot) if kind in ("stop", "depart") else rng.uniform(36, FRAME - 36, 2)
+    behind, ahead = to_edge(through, -step), to_edge(through, step)
 
-    first = through if kind == "depart" else through - (back + outside) * step
-    last = {"stop": through, "bounce": through + (ahead - radius) * step}.get(kind, through + (ahead + outside) * step)
+    first, last = course(kind, through, step, behind, ahead, radius)
     arrival = start + np.linalg.norm(last - first) / rate
+    ending = outcome(kind, spot, ahead.side, end - arrival)
+    if ending is None:
+        return None
     waypoints = [[start, *first], [arrival, *last]]
     if kind == "bounce":
         waypoints.append([2 * arrival - start, *first])
-    position = Path("", "", np.array(waypoints), (start, np.inf)).centres(np.array([end]))[0]
-    inside = bool(((position > 8) & (position < FRAME - 8)).all())
+    gone = np.inf if kind == "stop" or waypoints[-1][0] >= end else waypoints[-1][0]
+    entry = f"at {spot}" if kind == "depart" else f"from {behind.side}"
+    path = Path(entry, ending, np.array(waypoints), (start, gone), direction, speed)
 
-    if arrival < end - SETTLED:
-        ending = {"stop": f"stops {spot}", "bounce": f"bounces {exit_side}"}.get(kind, f"leaves {exit_side}")
-        clear &= exit_clear or kind == "stop"
-        gone = waypoints[-1][0] if kind != "stop" else np.inf
-        clear &= kind != "bounce" or inside or gone < end
-    elif arrival > end and inside:
-        ending, gone = "moving", np.inf
-    else:
-        return None
-    if kind == "depart":
-        entry, clear = f"at {spot}", ending == "moving" or exit_clear
-    else:
-        entry = f"from {came}"
-    shown = (start, np.inf if gone >= end else gone)
-    return Path(entry, ending, np.array(waypoints), shown, direction, speed) if clear else None
+    sides_clear = (kind == "depart" or behind.clear) and (ahead.clear or not ending.startswith("leaves"))
+    place = path.centres(np.array([end]))[0]
+    inside = bool(((place > 8) & (place < FRAME - 8)).all())
+    return path if sides_clear and (inside or gone < np.inf) else None
 
 
 def sample_path(rng: Generator, start: float, end: float, spot: str, radius: float) -> Path:
