@@ -15,11 +15,12 @@ CLIP := src/specvlm/bundled/clips/example.mp4
 	$(BIN)/pip install -q -e .
 	touch $@
 
-# torchvision, without its own choice of torch, is the oracle for pixels; 5.17 is the older transformers that is served
+# Beside the environment, never in it: torchvision, the oracle for pixels, which without its own build of torch breaks
+# transformers when it is imported, and the older transformers that is served as well.
 .venv/test: .venv/demo
 	$(BIN)/pip install -q -e ".[test]" "transformers==5.23.0"
-	$(BIN)/pip install -q --no-deps torchvision==0.28.0
-	$(BIN)/pip install -q --no-deps --target .venv/transformers-5.17 transformers==5.17.0
+	$(BIN)/pip install -q --no-deps --target .venv/oracle torchvision==0.28.0
+	$(BIN)/pip install -q --no-deps --target .venv/older transformers==5.17.0 "huggingface_hub<2"
 	touch $@
 
 demo: .venv/demo
@@ -33,7 +34,11 @@ lint: .venv/test
 
 test: lint
 	$(BIN)/pytest -n 2
-	PYTHONPATH=.venv/transformers-5.17 $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py
+	PYTHONPATH=.venv/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py
+
+# remakes docs/acceptance.md and its data; about half an hour on one core
+acceptance: .venv/demo
+	OMP_NUM_THREADS=1 $(BIN)/specvlm bench acceptance --page docs/acceptance.md --out results/cpu/acceptance.jsonl
 
 clean:
 	rm -rf .venv build dist *.egg-info

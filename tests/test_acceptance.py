@@ -1,8 +1,13 @@
 """The acceptance sweep: what it counts and what it prints."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from specvlm.bench.acceptance import Method, Result, interval, methods, table
+from specvlm import ConfigError, cli
+from specvlm.bench.acceptance import Method, Result, interval, methods, read_clips, table
+from specvlm.engine import bundled
 
 
 def result(clip, pruner, ratio, accepted, **changes):
@@ -38,3 +43,48 @@ def test_the_table_pairs_by_clip_and_counts_what_differs():
     assert "5 of 6 answers" in text
     assert "| verifier | 0.1 | 4.30 ± 6.36 | 96% |" in text  # half-width: t(1) = 12.71 times sqrt(0.5 / 2)
     assert "| 0.1 | **+1.00 ± 0.00** |" in text  # the same gap on every clip, however far apart the clips are
+
+
+def test_the_command_writes_page_and_lines(tmp_path, capsys):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").symlink_to(Path(bundled("clips"), "clip00.mp4"))
+    (clips / "clips.jsonl").write_text(json.dumps({"id": "a", "file": "a.mp4", "prompt": "What happens?"}) + "\n")
+    page, out = tmp_path / "sub" / "page.md", tmp_path / "out.jsonl"
+    args = ["bench", "acceptance", "--clips", str(clips), "--pruners", "verifier,uniform", "--keep-ratios", "1,0.1"]
+    args += ["--trees", "chain:3", "--max-new-tokens", "12", "--page", str(page), "--out", str(out)]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == ""
+    provenance, *lines = map(json.loads, out.read_text().splitlines())
+    assert set(provenance) == {"command", "commit", "versions"}
+    assert [(line["pruner"], line["keep_ratio"]) for line in lines] == [
+        ("none", 1),
+        ("verifier", 0.1),
+        ("uniform", 0.1),
+    ]
+    assert all(line["is_plain"] and line["is_generate"] for line in lines)
+    assert all(line["accepted_tokens"] > 0 and line["completion_tokens"] == 12 for line in lines)
+    assert "3 of 3 answers" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--keep-ratios", "1,x"], "keep_ratios='1,x'"),
+        (["--keep-ratios", "2"], "keep_ratio=2.0"),
+        (["--pruners", "best"], "pruner='best'"),
+        (["--trees", "oak"], "tree='oak'"),
+        (["--clips", "nowhere"], "there is no nowhere/clips.jsonl"),
+    ],
+)
+def test_a_bad_sweep_is_one_line(args, words, capsys):
+    assert cli.main(["bench", "acceptance", *args]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_broken_line_of_clips_is_named(tmp_path):
+    (tmp_path / "clips.jsonl").write_text('{"id": 1, "file": "a", "prompt": "b"}\n{"id": 2}\n')
+    with pytest.raises(ConfigError, match=r"clips.jsonl, line 2 is no JSON object with id"):
+        read_clips(tmp_path)

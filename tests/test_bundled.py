@@ -1,7 +1,7 @@
 """The bundled pair on its 40 held-out mp4 clips: word for word plain decoding and transformers' generate().
 
-A clip takes three methods in turn, so that every pruner, ratio and tree meets several clips; the whole product is measured
-by `specvlm bench acceptance` and stands in docs/acceptance.md.
+A clip takes three methods in turn, so that every pruner, ratio and tree meets several clips; the whole product is
+measured by `specvlm bench acceptance` and stands in docs/acceptance.md.
 """
 
 import itertools

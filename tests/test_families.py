@@ -73,9 +73,7 @@ def cases() -> dict[str, Case]:
             ),
             f"{family}/text": Case(family, tiny.messages("Hello.", system="You are"), []),
             f"{family}/bilinear": Case(family, one, [tiny.video(4, 100, 90)], {VIDEO: {"resample": 2}}),
-            f"{family}/raw": Case(
-                family, one, [tiny.video(4)], {VIDEO: {"do_normalize": False, "do_rescale": False}}
-            ),
+            f"{family}/raw": Case(family, one, [tiny.video(4)], {VIDEO: {"do_normalize": False, "do_rescale": False}}),
             f"{family}/rescaled": Case(family, one, [tiny.video(4)], {VIDEO: {"do_normalize": False}}),
             f"{family}/normalized": Case(
                 family,

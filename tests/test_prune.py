@@ -38,18 +38,24 @@ def test_every_pruner_keeps_ascending_distinct_tokens_within_the_budget(name, ra
 def test_stage_one_is_the_smallest_set_that_covers_the_mass():
     scores = torch.tensor([0.05, 0.3, 0.05, 0.25, 0.05, 0.2, 0.05, 0.05])
     grid = cells(1, 1, 8)
-    everything = {"keep_tokens": 8 - 1}
     for mass, stage_one in ((0.3, {1}), (0.31, {1, 3}), (0.55, {1, 3}), (0.56, {1, 3, 5})):
-        kept = prune.verifier(scores, grid, len(stage_one), mass=mass)
+        kept = prune.verifier(scores, grid, len(stage_one), mass=mass, focus=1.0)
         assert set(kept.tolist()) == stage_one
-    kept = keep(PruneConfig(mass=0.3, **everything), grid, scores)
-    assert 1 in kept.tolist()
 
 
 def test_stage_one_is_capped_by_the_budget():
     scores = torch.linspace(1, 2, 10)
-    kept = keep(PruneConfig(keep_tokens=3, mass=1.0), cells(1, 1, 10), scores)
+    kept = keep(PruneConfig(keep_tokens=3, mass=1.0, focus=1.0), cells(1, 1, 10), scores)
     assert kept.tolist() == [7, 8, 9]
+
+
+def test_stage_one_leaves_a_share_of_the_budget_to_stage_two():
+    scores = torch.cat([torch.ones(8) * 2, torch.ones(56)])  # too flat for a mass of 0.4 to be reached by 8 tokens
+    grid = cells(1, 8, 8)
+    kept = keep(PruneConfig(keep_tokens=8, focus=0.5), grid, scores)
+    assert (kept < 8).sum() >= 4
+    spread = grid[kept[kept >= 8]]
+    assert (spread[:, 1:] // 4).unique(dim=0).shape[0] >= 3
 
 
 def test_without_attention_the_verifier_is_uniform():

@@ -1,4 +1,4 @@
-"""The command line: `specvlm describe`, `compare` and `inspect`.
+"""The command line: `specvlm describe`, `compare`, `inspect` and `bench`.
 
 The answer goes to stdout, all else to stderr. Options are the fields of the configs. Torch and transformers are
 imported when a command runs, so that help and bad options answer at once. An error is one line and exit status 2.
@@ -7,6 +7,7 @@ imported when a command runs, so that help and bad options answer at once. An er
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from specvlm.config import EngineConfig
@@ -196,7 +198,27 @@ def _parser() -> argparse.ArgumentParser:
     text = "draw sampled frames with the kept visual tokens lit and the target's attention as a heat map"
     inspect = add("inspect", _inspect, text, "video", "prune")
     inspect.add_argument("-o", "--output", metavar="FILE.png", type=_png, required=True, help="the picture to write")
+    bench = commands.add_parser("bench", help="measure", description="Measurements, one a question.")
+    _add_acceptance(bench.add_subparsers(metavar="QUESTION", dest="question", required=True))
     return parser
+
+
+def _add_acceptance(questions: Any) -> None:
+    text = "rank the pruners: accepted draft tokens by pruner and keep_ratio, and whether every answer is identical"
+    parser = questions.add_parser("acceptance", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=_bench_acceptance)
+    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+    text = "folder with videos and clips.jsonl, a line {id, file, prompt} each [default: the bundled held-out clips]"
+    parser.add_argument("--clips", metavar="DIR", help=text)
+    parser.add_argument("--pruners", metavar="A,B", help="the pruners to rank [default: all]")
+    parser.add_argument("--keep-ratios", metavar="X,Y", default="1,0.5,0.25,0.1,0.05", help="[default: %(default)s]")
+    text = "drafted trees [default: paper chain:5]"
+    parser.add_argument("--trees", metavar="TREE", nargs="+", default=["paper", "chain:5"], help=text)
+    parser.add_argument("--out", metavar="FILE.jsonl", help="write a line per clip and method, after one of provenance")
+    parser.add_argument("--page", metavar="FILE.md", help="write the table there [default: stdout]")
+    _add_model(parser, has_draft=True)
+    for part in ("video", "sampling"):
+        _add_settings(parser, PARTS[part])
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -386,6 +408,31 @@ def _compare(args: argparse.Namespace, status: Status) -> int:
     else:
         print(comparison.table())
     return 0 if comparison.is_identical or comparison.is_sampled else 1
+
+
+def _bench_acceptance(args: argparse.Namespace, status: Status) -> int:
+    try:
+        ratios = [float(ratio) for ratio in args.keep_ratios.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"keep_ratios={args.keep_ratios!r} is not allowed: write numbers such as 1,0.5") from error
+    for ratio in ratios:
+        EngineConfig().replace(keep_ratio=ratio)
+    from specvlm import prune
+    from specvlm.bench import acceptance
+    from specvlm.engine import bundled
+
+    directory = Path(args.clips or bundled("clips"))
+    clips = acceptance.read_clips(directory)
+    sweep = acceptance.methods(args.pruners.split(",") if args.pruners else list(prune.PRUNERS), ratios, args.trees)
+    model = _load(args, status)
+    for method in sweep:
+        model.request(None, **dataclasses.asdict(method))  # refuses what is not allowed before any work
+    results = []
+    for result in acceptance.run(model, directory, clips, sweep):
+        results.append(result)
+        status.show(f"{result.clip}: {len(results)} of {len(clips) * len(sweep)} answers")
+    is_identical = acceptance.write(results, out=args.out, page=args.page)
+    return 0 if is_identical else 1
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:

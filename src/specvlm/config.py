@@ -65,6 +65,7 @@ class PruneConfig:
         choices="pruners",
     )
     mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
+    focus: float = _setting(0.5, "stage I: largest share of the kept tokens that it may choose (1 in the paper)")
     spacing: str = _setting(
         "grid",
         "stage II: even spacing on the time x row x column grid, or along the sequence",
@@ -84,6 +85,7 @@ class PruneConfig:
         if self.keep_tokens is not None:
             _require(self.keep_tokens >= 1, "keep_tokens", self.keep_tokens, "at least 1")
         _require(0 <= self.mass <= 1, "mass", self.mass, "from 0 to 1")
+        _require(0 <= self.focus <= 1, "focus", self.focus, "from 0 to 1")
         _require(self.spacing in ("grid", "sequence"), "spacing", self.spacing, "grid or sequence")
         _require(self.window in ("front", "middle", "back"), "window", self.window, "front, middle or back")
         _require(self.score_rows in ("text", "last_turn"), "score_rows", self.score_rows, "text or last_turn")

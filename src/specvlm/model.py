@@ -75,27 +75,24 @@ class VideoLM:
     def start(
         self, prompt: Prompt, max_new_rows: int, score_rows: Tensor | None = None
     ) -> tuple[Session, Tensor, Tensor]:
-        """Prefill a prompt (SpecVLM, section 3.2: up to the last visual token, then the text after it).
+        """Prefill a prompt and score its visual tokens on the way (SpecVLM, section 3.2).
+
+        The paper runs the text after the video in a pass of its own; here the attention function scores within the one
+        pass, which saves reading all weights twice.
 
         Args:
             prompt: S tokens of which V are visual.
             max_new_rows: room for new tokens and one tree, in rows.
-            score_rows: [R] int64 places in the prompt, behind the last visual token, whose attention scores the visual
-                tokens; None scores nothing and prefills in one pass.
+            score_rows: [R] int64 places in the prompt whose attention scores the visual tokens; None scores nothing.
 
         Returns:
             The session, the logits [vocab] after the prompt, and the scores [V] float32 (zeros where none were asked).
         """
         session = Session(self, prompt, len(prompt) + max_new_rows)
-        split = int(prompt.visual_index[-1]) + 1 if score_rows is not None and prompt.num_visual else 0
-        if not split or split == len(prompt):
-            logits = session.prefill(0, len(prompt), attention.Plan())
-            return session, logits, torch.zeros(prompt.num_visual, device=self.device)
-        assert score_rows is not None
-        scores = attention.Scores(prompt.visual_index, score_rows - split)
-        session.prefill(0, split, attention.Plan(), need_logits=False)
-        logits = session.prefill(split, len(prompt), attention.Plan(scores=scores))
-        return session, logits, scores.mean
+        if score_rows is None:
+            return session, session.prefill(attention.Plan()), torch.zeros(prompt.num_visual, device=self.device)
+        scores = attention.Scores(prompt.visual_index, score_rows)
+        return session, session.prefill(attention.Plan(scores=scores)), scores.mean
 
     def forward(self, embeds: Tensor, positions: Tensor, cache: KVCache, plan: attention.Plan, **extras: Any) -> Tensor:
         """Run the language model over new rows [1, T, D]; return its hidden states [T, D] and store the rows."""
@@ -129,24 +126,16 @@ class Session:
         self._is_3d = prompt.positions.dim() == 3
         self._parents: list[int] = []  # of the tree rows
 
-    def prefill(self, begin: int, end: int, plan: attention.Plan, *, need_logits: bool = True) -> Tensor:
-        """Store prompt rows begin..end; return the logits [vocab] after the last one (empty if not needed)."""
+    def prefill(self, plan: attention.Plan) -> Tensor:
+        """Store the rows of the prompt; return the logits [vocab] after the last one."""
         prompt, extras = self._prompt, {}
         if prompt.deepstack:
-            index = prompt.visual_index
-            inside = (index >= begin) & (index < end)
-            if bool(inside.any()):
-                mask = torch.zeros(1, end - begin, dtype=torch.bool, device=index.device)
-                mask[0, index[inside] - begin] = True
-                extras = {
-                    "visual_pos_masks": mask,
-                    "deepstack_visual_embeds": [features[inside] for features in prompt.deepstack],
-                }
-        hidden = self.model.forward(
-            prompt.embeds[:, begin:end], prompt.positions[..., begin:end], self.cache, plan, **extras
-        )
+            is_visual = torch.zeros(1, len(prompt), dtype=torch.bool, device=prompt.visual_index.device)
+            is_visual[0, prompt.visual_index] = True
+            extras = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(prompt.deepstack)}
+        hidden = self.model.forward(prompt.embeds, prompt.positions, self.cache, plan, **extras)
         self.length = self.cache.length
-        return self.model.logits(hidden[-1]) if need_logits else hidden[:0]
+        return self.model.logits(hidden[-1])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:

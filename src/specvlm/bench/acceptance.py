@@ -17,7 +17,6 @@ import math
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +24,8 @@ from typing import Any
 
 from specvlm.config import EngineConfig
 from specvlm.engine import Prefilled, Request, SpecVLM
+from specvlm.errors import ConfigError
 from specvlm.report import versions
-
-KEEP_RATIOS = (1.0, 0.5, 0.25, 0.1, 0.05)
-TREES = ("paper", "chain:5")
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,22 @@ def methods(pruners: Sequence[str], keep_ratios: Sequence[float], trees: Sequenc
 
 
 def read_clips(directory: Path) -> list[dict[str, str]]:
-    """Return the clips of a directory's clips.jsonl."""
-    lines = (directory / "clips.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    """Return the clips of a directory's clips.jsonl.
+
+    Raises:
+        ConfigError: it is missing or malformed; the line is named.
+    """
+    file = directory / "clips.jsonl"
+    if not file.is_file():
+        raise ConfigError(f"there is no {file}: write a line {{id, file, prompt}} for each video")
+    clips = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            clip = json.loads(line)
+            clips.append({name: clip[name] for name in ("id", "file", "prompt")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}, line {number} is no JSON object with id, file, prompt: {line[:60]}") from error
+    return clips
 
 
 def run(
@@ -212,6 +222,11 @@ def _difference_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _write(file: str, text: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(text, encoding="utf-8")
+
+
 def provenance(command: str) -> dict[str, Any]:
     """Return what a result depends on: command line, commit and package versions."""
     commit = subprocess.run(
@@ -220,31 +235,19 @@ def provenance(command: str) -> dict[str, Any]:
     return {"command": command, "commit": commit.stdout.strip() or None, "versions": versions()}
 
 
-def measure(
-    model: SpecVLM, directory: Path, sweep: Sequence[Method], *, out: Path | None = None, page: Path | None = None
-) -> bool:
-    """Run the sweep, write JSON lines to `out` and the table to `page` (else to stdout).
+def write(results: Sequence[Result], *, out: str | None = None, page: str | None = None) -> bool:
+    """Write JSON lines to `out`, the first one of provenance, and the table to `page` or stdout.
 
     Returns:
         Whether every answer was identical to plain decoding's and to transformers' generate().
     """
     command = "specvlm " + shlex.join(sys.argv[1:])
-    clips, begin = read_clips(directory), time.perf_counter()
-    results: list[Result] = []
-    for result in run(model, directory, clips, sweep):
-        results.append(result)
-        done = len(results) / (len(clips) * len(sweep))
-        left = (time.perf_counter() - begin) * (1 - done) / done
-        print(f"\r{result.clip}: {done:.0%} done, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         lines = [provenance(command), *(asdict(result) for result in results)]
-        out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        _write(out, "".join(json.dumps(line) + "\n" for line in lines))
     text = table(results, command)
     if page is None:
         print(text)
     else:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(text, encoding="utf-8")
+        _write(page, text)
     return all(result.is_plain and result.is_generate for result in results)
