@@ -25,7 +25,8 @@ def transformers_ids(model, source=None, prompt=PROMPT, **options):
     source = tiny.video(6) if source is None else source
     inputs = model.prefill(model.request(source, prompt)).inputs
     options = {"max_new_tokens": LENGTH, "do_sample": False, **options}
-    out = model.target.hf.generate(input_ids=inputs.input_ids[None], **inputs.model_kwargs, **options)
+    with model.target.stock_attention():
+        out = model.target.hf.generate(input_ids=inputs.input_ids[None], **inputs.model_kwargs, **options)
     return tuple(out[0, inputs.input_ids.shape[0] :].tolist())
 
 
@@ -122,11 +123,8 @@ def test_text_without_a_video(pair):
     pair.generate(tiny.video(6), PROMPT, max_new_tokens=4)  # leaves M-RoPE deltas behind on the module
     answer = pair.generate(None, PROMPT, max_new_tokens=LENGTH)
     assert answer.usage.visual_tokens == answer.usage.kept_visual_tokens == 0
-    inputs = pair.prefill(pair.request(None, PROMPT)).inputs
-    out = pair.target.hf.generate(
-        input_ids=inputs.input_ids[None], **inputs.model_kwargs, max_new_tokens=LENGTH, do_sample=False
-    )
-    assert answer.token_ids == tuple(out[0, inputs.input_ids.shape[0] :].tolist())
+    request = pair.request(None, PROMPT)
+    assert answer.token_ids == transformers_ids(pair, request.messages, None)
 
 
 def test_several_videos_and_images_over_several_turns(pair):
@@ -220,7 +218,7 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair):
     """Every node against the draft run along its path as plain text, on a prompt pruned by hand."""
     start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
     keep = torch.arange(0, start.prompt.num_visual, 5)
-    sampling = pair.config.sampling
+    sampling = pair.request(None).config.sampling
     drafter = create(pair.config.draft, pair.draft)
     drafter.begin(Context(pair.target, start.inputs, start.prompt, keep, sampling, verify.Dice(0)))
     pruned = pair.draft.encode(start.inputs).select(keep)

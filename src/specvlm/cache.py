@@ -62,8 +62,3 @@ class KVCache:
             for stored in (*self._keys, *self._values):
                 stored[:, :, base : base + count] = stored[:, :, source]
         self.length = base + count
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of storage, used or not."""
-        return sum(stored.nbytes for stored in (*self._keys, *self._values))

@@ -217,8 +217,9 @@ def _add_acceptance(questions: Any) -> None:
     parser.add_argument("--out", metavar="FILE.jsonl", help="write a line per clip and method, after one of provenance")
     parser.add_argument("--page", metavar="FILE.md", help="write the table there [default: stdout]")
     _add_model(parser, has_draft=True)
-    for part in ("video", "sampling"):
-        _add_settings(parser, PARTS[part])
+    _add_settings(parser, PARTS["video"])
+    group = parser.add_argument_group("How long the answers are")
+    _add_setting(group, next(part for part in fields(PARTS["sampling"]) if part.name == "max_new_tokens"), int)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -427,12 +428,14 @@ def _bench_acceptance(args: argparse.Namespace, status: Status) -> int:
     model = _load(args, status)
     for method in sweep:
         model.request(None, **dataclasses.asdict(method))  # refuses what is not allowed before any work
-    results = []
-    for result in acceptance.run(model, directory, clips, sweep):
-        results.append(result)
-        status.show(f"{result.clip}: {len(results)} of {len(clips) * len(sweep)} answers")
-    is_identical = acceptance.write(results, out=args.out, page=args.page)
-    return 0 if is_identical else 1
+
+    def watched() -> Iterator[acceptance.Result]:
+        for number, result in enumerate(acceptance.run(model, directory, clips, sweep), 1):
+            status.show(f"{result.clip}: {number} of {len(clips) * len(sweep)} answers")
+            yield result
+
+    results = acceptance.record(watched(), args.out, args.page)
+    return 0 if all(result.is_plain and result.is_generate for result in results) else 1
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:

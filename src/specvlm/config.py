@@ -6,8 +6,11 @@ that the CLI shows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from specvlm.errors import ConfigError
 
@@ -16,9 +19,30 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int serves as a float, a bool as nothing else."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        kind = Integral if hint is int else Real
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _check_types(config: Any) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        kind = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+        _require(_fits(getattr(config, name), hint), name, getattr(config, name), f"it must be {kind or hint}")
+
+
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+DEFAULT_FPS = 2.0  # what Qwen's processors sample at
 
 
 @dataclass(frozen=True)
@@ -26,7 +50,7 @@ class VideoConfig:
     """Which frames are read and how large they are."""
 
     num_frames: int | None = _setting(None, "read this many evenly spaced frames (instead of --fps)")
-    fps: float | None = _setting(None, "frames read per second of video [default: 2]")
+    fps: float | None = _setting(None, "frames read per second of video [default: 2, unless num_frames is given]")
     start: float = _setting(0.0, "start of the part to read, in seconds")
     end: float | None = _setting(None, "end of the part to read, in seconds [default: the end of the file]")
     max_frames: int = _setting(768, "upper bound on the frames read at a given fps")
@@ -36,6 +60,7 @@ class VideoConfig:
     timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.num_frames is not None:
             _require(self.num_frames >= 1, "num_frames", self.num_frames, "at least 1")
             _require(self.fps is None, "fps", self.fps, "give num_frames or fps, not both")
@@ -81,6 +106,7 @@ class PruneConfig:
     prune_seed: int = _setting(0, "seed of the random pruner")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(0 < self.keep_ratio <= 1, "keep_ratio", self.keep_ratio, "above 0 and at most 1 (1 prunes nothing)")
         if self.keep_tokens is not None:
             _require(self.keep_tokens >= 1, "keep_tokens", self.keep_tokens, "at least 1")
@@ -100,19 +126,30 @@ class SamplingConfig:
     top_p: float = _setting(1.0, "smallest set of tokens with this probability, 1 keeps all")
     top_k: int = _setting(0, "keep the k most likely tokens, 0 keeps all")
     min_p: float = _setting(0.0, "drop tokens below this share of the most likely one's probability")
-    repetition_penalty: float = _setting(1.0, "divide positive and multiply negative logits of tokens already seen")
+    repetition_penalty: float | None = _setting(
+        None,
+        "divide positive and multiply negative logits of tokens already seen [default: the checkpoint's own, else 1]",
+    )
     seed: int | None = _setting(None, "seed of the sampling [default: a fresh one]")
     stop: tuple[str, ...] = _setting((), "text that ends the answer and is cut off; may be repeated")
     ignore_eos: bool = _setting(False, "go on after an end-of-sequence token")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        is_usable = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
+        _require(is_usable, "temperature", self.temperature, "0 (greedy), or from 0.001 to 1000")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "from 0 to below 1")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(self.penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
         _require(all(self.stop), "stop", self.stop, "no empty string")
+
+    @property
+    def penalty(self) -> float:
+        """The repetition penalty, 1 where none is set."""
+        return 1.0 if self.repetition_penalty is None else self.repetition_penalty
 
 
 @dataclass(frozen=True)
@@ -142,6 +179,7 @@ class EngineConfig:
         Raises:
             ConfigError: a name is unknown (the known ones are listed) or a value is not allowed.
         """
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         owners = {f.name: part.name for part in fields(self) for f in fields(getattr(self, part.name))}
         if unknown := sorted(set(settings) - set(owners)):
             raise ConfigError(f"unknown setting {unknown[0]!r}: known are {', '.join(sorted(owners))}")

@@ -170,10 +170,9 @@ class ModelDrafter:
         device, size = self._model.device, len(topology)
         tokens = torch.zeros(size, dtype=torch.int64, device=device)
         probs = torch.zeros(size + 1, self._vocab_size, device=device) if self._sampling.temperature else None
-        sees = tree.ancestors(torch.tensor(topology.parents, device=device))
         running, self._run = [-1], []
         for level in self._plan(topology):
-            logits = self._penalised(logits, tokens, sees, running)
+            logits = self._penalised(logits, tokens, topology, running)
             candidates = self._candidates(logits, running, max(level.ranks) + 1, probs)
             tokens[level.nodes] = candidates[level.slots, level.ranks]
             if not level.inner:
@@ -212,12 +211,13 @@ class ModelDrafter:
             self._plans[topology.depth] = _levels(topology)
         return self._plans[topology.depth]
 
-    def _penalised(self, logits: Tensor, tokens: Tensor, sees: Tensor, running: list[int]) -> Tensor:
-        if self._sampling.repetition_penalty == 1:
+    def _penalised(self, logits: Tensor, tokens: Tensor, topology: tree.Tree, running: list[int]) -> Tensor:
+        if self._sampling.penalty == 1:
             return logits
+        sees = tree.ancestors(torch.tensor(topology.parents, device=logits.device))
         rows = torch.tensor(running, device=logits.device) + 1
         seen = verify.seen_tokens(self._seen, tokens, sees)[rows, : self._shared]
-        return verify.penalise(logits, seen, self._sampling.repetition_penalty)
+        return verify.penalise(logits, seen, self._sampling.penalty)
 
     def _candidates(self, logits: Tensor, running: list[int], count: int, probs: Tensor | None) -> Tensor:
         """Return each row's `count` candidates [rows, count]: the best when greedy, else drawn without replacement."""

@@ -6,6 +6,7 @@ rounds() is the loop, one item a target pass; stream() turns tokens into text; g
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,11 +17,10 @@ from torch import Tensor
 
 from specvlm import draft as drafting
 from specvlm import prune, tree, verify, video
-from specvlm.config import EngineConfig, SamplingConfig
+from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
 from specvlm.draft import Context
 from specvlm.errors import CapacityError, ConfigError
-from specvlm.families import Inputs, Prompt
-from specvlm.families.base import Message
+from specvlm.families import Inputs, Message, Prompt, parts, source_of
 from specvlm.model import Session, VideoLM, check_pair
 from specvlm.report import Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.text import Chunk, TextStream
@@ -37,13 +37,19 @@ class Round:
     accepted: verify.Accepted  # what of it the target agreed with
     finish_reason: str | None  # on the last round: "stop" (end-of-sequence token) or "length"
 
+    @property
+    def num_accepted(self) -> int:
+        """Accepted draft tokens that stand in the text."""
+        return min(len(self.accepted.nodes), len(self.token_ids))
+
 
 @dataclass
 class Request:
-    """One request and the account of its run."""
+    """One request and the account of its run. It runs once."""
 
     config: EngineConfig
     messages: Sequence[Message]
+    media: Sequence[tuple[str, Any]]  # kind and source of every video and image, in order of appearance
     usage: Usage = field(default_factory=Usage)
     speculation: Speculation = field(default_factory=Speculation)
     seconds: Seconds = field(default_factory=Seconds)
@@ -106,6 +112,8 @@ class SpecVLM:
             ConfigError: a setting is unknown or not allowed.
         """
         config = _checked(EngineConfig().replace(**settings))
+        if draft_device is not None and draft is None and target is not None:
+            raise ConfigError(f"draft_device={draft_device!r} is not allowed without a draft: name one")
         if target is None:
             target, draft = bundled("target"), draft or bundled("draft")
         loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype)
@@ -126,22 +134,38 @@ class SpecVLM:
         Raises:
             ConfigError: a setting is unknown or not allowed.
         """
-        config = _checked(self.config.replace(**settings))
-        if isinstance(source, Sequence) and source and isinstance(source[0], dict):
-            if prompt is not None:
-                raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
-            return Request(config, source)
-        content = [{"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}]
-        if source is not None:
-            content.insert(0, {"type": "video", "video": source})
-        return Request(config, [{"role": "user", "content": content}])
+        config = self._in_force(_checked(self.config.replace(**settings)))
+        messages = source
+        if not (isinstance(source, list | tuple) and source and isinstance(source[0], dict)):
+            content = [{"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}]
+            video_part = [] if source is None else [{"type": "video", "video": source}]
+            messages = [{"role": "user", "content": video_part + content}]
+        elif prompt is not None:
+            raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
+        items = [part for message in messages for part in parts(message) if part["type"] != "text"]
+        return Request(config, messages, [(part["type"], source_of(part)) for part in items])
+
+    def _in_force(self, config: EngineConfig) -> EngineConfig:
+        """Return the config with every default that depends on the checkpoint or on chance filled in."""
+        filled: dict[str, Any] = {}
+        if config.sampling.repetition_penalty is None:
+            filled["repetition_penalty"] = self.target.repetition_penalty
+        if config.sampling.temperature > 0 and config.sampling.seed is None:
+            filled["seed"] = secrets.randbits(32)
+        if config.video.fps is None and config.video.num_frames is None:
+            filled["fps"] = DEFAULT_FPS
+        return config.replace(**filled)
 
     def rounds(self, request: Request) -> Iterator[Round]:
         """Yield one Round a target pass until the text ends: the loop of SpecVLM (arXiv 2508.16201, section 3)."""
         return self.decode(request, self.prefill(request))
 
-    def prefill(self, request: Request) -> Prefilled:
+    def prefill(self, request: Request, *, is_scored: bool | None = None) -> Prefilled:
         """Read, encode and prefill a request on the target, which scores the visual tokens on the way.
+
+        Args:
+            request: what to prefill.
+            is_scored: None scores where the request's pruner reads scores.
 
         Raises:
             MediaError: a file cannot be used.
@@ -154,15 +178,18 @@ class SpecVLM:
             prompt = target.encode(inputs)
         request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
         with stage("prefill", target.device):
-            is_scored = self._drafter(config).prunes and prune.needs_scores(config.prune)
+            if is_scored is None:
+                is_scored = self._drafter(config).prunes and prune.needs_scores(config.prune)
             rows = _score_rows(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
             session, logits, scores = target.start(prompt, room, rows)
-        request.speculation.target_passes += 1
         return Prefilled(inputs, prompt, session, logits, scores)
 
     def decode(self, request: Request, start: Prefilled) -> Iterator[Round]:
-        """Propose, verify, accept, commit until the text ends. The first Round holds the prefill's own token."""
+        """Propose, verify, accept, commit until the text ends. The first Round holds the prefill's own token.
+
+        Stop strings end a text, not its tokens: they are the business of `stream`.
+        """
         sampling, stage, device = request.config.sampling, request.seconds.stage, self.target.device
         dice = verify.Dice(sampling.seed)
         verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
@@ -170,13 +197,16 @@ class SpecVLM:
 
         draft = verify.Draft.empty()
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
+        request.speculation.add(0, 0)
         request.seconds.first_token()
         yield latest
 
-        if latest.finish_reason is None and drafter.prunes:
-            with stage("prune", device):
-                keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
-            request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
+        if latest.finish_reason is None:
+            keep = torch.arange(start.prompt.num_visual, device=device)
+            if drafter.prunes:
+                with stage("prune", device):
+                    keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
+                request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
             with stage("draft_prefill", device, drafter.device):
                 drafter.begin(Context(self.target, start.inputs, start.prompt, keep, sampling, dice))
         while latest.finish_reason is None:
@@ -188,8 +218,9 @@ class SpecVLM:
                 accepted = verifier.accept(logits, draft)
                 start.session.keep([0, *(node + 1 for node in accepted.nodes)])
                 drafter.commit(accepted)
-            request.speculation.add(draft.parents, accepted.nodes)
-            yield (latest := ending.cut(draft, accepted))
+            latest = ending.cut(draft, accepted)
+            request.speculation.add(len(draft.parents), latest.num_accepted)
+            yield latest
 
     def stream(self, source: Any, prompt: str | None = None, **settings: Any) -> Iterator[Chunk]:
         """Yield the text as it is verified; the last chunk carries finish_reason.
@@ -203,11 +234,14 @@ class SpecVLM:
 
     def stream_request(self, request: Request) -> Iterator[Chunk]:
         """Yield the text of a request, which holds the account of the run afterwards."""
+        if request.speculation.target_passes:
+            raise ValueError("a Request runs once: make another with request()")
         request.seconds.start()
         text = TextStream(self.target.tokenizer, self.target.eos_ids, request.config.sampling.stop)
         for latest in self.rounds(request):
             chunk = text.add(latest.token_ids, latest.finish_reason)
             request.usage.completion_tokens += len(chunk.token_ids)
+            request.speculation.cut(latest.num_accepted, min(latest.num_accepted, len(chunk.token_ids)))
             request.seconds.finish()
             yield chunk
             if chunk.finish_reason is not None:
@@ -256,8 +290,7 @@ class SpecVLM:
     def _read(self, request: Request) -> Inputs:
         """Read the media of a request and return the target's inputs."""
         config, target = request.config, self.target
-        items = [item for message in request.messages for item in _items(message) if item["type"] != "text"]
-        media = [video.load(item[item["type"]], config.video, kind=item["type"]) for item in items]
+        media = [video.load(source, config.video, kind=kind) for kind, source in request.media]
         inputs = target.family.inputs(
             request.messages,
             media,
@@ -299,21 +332,13 @@ def _checked(config: EngineConfig) -> EngineConfig:
     return config
 
 
-def _items(message: Message) -> list[dict[str, Any]]:
-    content = message["content"]
-    return [] if isinstance(content, str) else content
-
-
 def _score_rows(prompt: Prompt, target: VideoLM, config: EngineConfig) -> Tensor | None:
     """Return the text rows whose attention scores the visual tokens, all of them behind the last visual token."""
     if not prompt.num_visual:
         return None
     first = int(prompt.visual_index[-1]) + 1
     if config.prune.score_rows == "last_turn":
-        turn = target.tokenizer.convert_tokens_to_ids("<|im_start|>")
-        turns = (prompt.input_ids == turn).nonzero().squeeze(1)
-        if turns.shape[0] >= 2:  # the last one opens the answer
-            first = max(first, int(turns[-2]))
+        first = max(first, target.family.last_turn(prompt.input_ids))
     return torch.arange(first, len(prompt), device=prompt.input_ids.device)
 
 

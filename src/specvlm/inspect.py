@@ -106,11 +106,10 @@ def inspect(
     """
     watch("read")
     frames = video.load(source, model.config.video)
-    scoring = SpecVLM(model.target, model.target, model.config)  # a pruner that reads no scores is shown with them too
-    request = scoring.request(frames, prompt, pruner="attention", keep_ratio=0.5, keep_tokens=None, drafter="model")
+    request = model.request(frames, prompt)
     request.seconds.on_stage = watch
-    start = scoring.prefill(request)
-    config = model.config
+    start = model.prefill(request, is_scored=True)  # a pruner that reads no scores is shown with them too
+    config = request.config
     keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
     return Inspection(config, frames, start.prompt.grid.cpu(), start.scores.cpu(), keep.cpu())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
@@ -36,6 +38,7 @@ class VideoLM:
         self.vocab_size: int = hf.lm_head.weight.shape[0]
         self.context_len: int = text.max_position_embeddings
         self.eos_ids = _eos_ids(hf, self.tokenizer)
+        self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)  # what generate() would apply
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> VideoLM:
@@ -54,13 +57,14 @@ class VideoLM:
         place = resolve_device(device)
         number = resolve_dtype(dtype, place)
         family_type = family_for(_model_type(name))
+        directory = _directory(name)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             hf: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"cannot load {name}: {_first_line(error)}") from error
-        family = family_type(name, hf.config, tokenizer)
+        family = family_type(directory, hf.config, tokenizer)
         try:
             return cls(hf.to(place), family, name=name)
         except torch.OutOfMemoryError as error:
@@ -90,9 +94,13 @@ class VideoLM:
         """
         session = Session(self, prompt, len(prompt) + max_new_rows)
         if score_rows is None:
-            return session, session.prefill(attention.Plan()), torch.zeros(prompt.num_visual, device=self.device)
+            return (
+                session,
+                session.prefill(prompt, attention.Plan()),
+                torch.zeros(prompt.num_visual, device=self.device),
+            )
         scores = attention.Scores(prompt.visual_index, score_rows)
-        return session, session.prefill(attention.Plan(scores=scores)), scores.mean
+        return session, session.prefill(prompt, attention.Plan(scores=scores)), scores.mean
 
     def forward(self, embeds: Tensor, positions: Tensor, cache: KVCache, plan: attention.Plan, **extras: Any) -> Tensor:
         """Run the language model over new rows [1, T, D]; return its hidden states [T, D] and store the rows."""
@@ -108,6 +116,15 @@ class VideoLM:
         logits: Tensor = self.hf.lm_head(hidden)
         return logits.float()
 
+    @contextmanager
+    def stock_attention(self) -> Iterator[None]:
+        """Give the Hugging Face model its own attention back, as the oracle that this engine is compared with."""
+        self.hf.set_attn_implementation({"text_config": "sdpa"})
+        try:
+            yield
+        finally:
+            self.hf.set_attn_implementation({"text_config": attention.NAME})
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [1, N, D] of text tokens [N]."""
         embeds: Tensor = self.hf.get_input_embeddings()(tokens[None])
@@ -122,13 +139,13 @@ class Session:
         self.cache = KVCache(capacity)
         self.length = 0  # rows of the prompt and of the text; rows of the cache behind them belong to the tree
         self.position = prompt.next_position
-        self._prompt = prompt
+        self._prompt_len = len(prompt)
         self._is_3d = prompt.positions.dim() == 3
         self._parents: list[int] = []  # of the tree rows
 
-    def prefill(self, plan: attention.Plan) -> Tensor:
+    def prefill(self, prompt: Prompt, plan: attention.Plan) -> Tensor:
         """Store the rows of the prompt; return the logits [vocab] after the last one."""
-        prompt, extras = self._prompt, {}
+        extras: dict[str, Any] = {}
         if prompt.deepstack:
             is_visual = torch.zeros(1, len(prompt), dtype=torch.bool, device=prompt.visual_index.device)
             is_visual[0, prompt.visual_index] = True
@@ -158,9 +175,9 @@ class Session:
 
     def rollback(self) -> None:
         """Go back to the end of the prompt."""
-        self.cache.rollback(len(self._prompt))
-        self.position -= self.length - len(self._prompt)
-        self.length = len(self._prompt)
+        self.cache.rollback(self._prompt_len)
+        self.position -= self.length - self._prompt_len
+        self.length = self._prompt_len
         self._parents = []
 
     @torch.inference_mode()
@@ -217,14 +234,46 @@ def check_pair(target: VideoLM, draft: VideoLM) -> None:
             f"draft {draft.name} is a {draft.model_type}, target {target.name} a {target.model_type}: "
             "choose a draft of the target's family"
         )
-    ours = {index: token for token, index in target.tokenizer.get_vocab().items()}
-    theirs = {index: token for token, index in draft.tokenizer.get_vocab().items()}
-    if ours != theirs:
-        first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    words = {index: token for token, index in target.tokenizer.get_vocab().items()}
+    others = {index: token for token, index in draft.tokenizer.get_vocab().items()}
+    if words != others:
+        first = min(index for index in words.keys() | others.keys() if words.get(index) != others.get(index))
         raise UnsupportedModel(
-            f"the tokenizers of target and draft differ: token {first} is {ours.get(first)!r} in {target.name} "
-            f"and {theirs.get(first)!r} in {draft.name}"
+            f"the tokenizers of target and draft differ: token {first} is {words.get(first)!r} in {target.name} "
+            f"and {others.get(first)!r} in {draft.name}"
         )
+    ours, theirs = _flat(target.family.settings), _flat(draft.family.settings)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UnsupportedModel(
+                f"target and draft see a video differently: {key} is {ours.get(key)} in {target.name} "
+                f"and {theirs.get(key)} in {draft.name}; choose a draft with the target's processor"
+            )
+
+
+# What a draft may have otherwise: it reads the pixels and ids that the target's settings made.
+_FREE_SETTINGS = frozenset(
+    ("size", "min_pixels", "max_pixels", "cap_pixels_per_frame", "max_video_tokens", "resample", "chat_template")
+)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, without those that a draft may have otherwise."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in _FREE_SETTINGS:
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _directory(name: str) -> str:
+    """Return the folder with a checkpoint's processor files; a hub id's are fetched or found in the cache."""
+    if os.path.isdir(name):
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.jinja"])
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot fetch the processor files of {name}: {_first_line(error)}") from error
 
 
 def _model_type(name: str) -> str:

@@ -13,7 +13,7 @@ Of the settings it gets those that it names as keyword-only parameters: mass, fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ def select(scores: Tensor, grid: Tensor, visual_id: Tensor, config: PruneConfig)
     if not config.per_visual:
         return function(scores, _stack_visuals(grid, visual_id), budget(config, total), **options).sort().values
     kept, start = [], 0
-    for size in torch.unique_consecutive(visual_id, return_counts=True)[1].tolist():
+    sizes = torch.unique_consecutive(visual_id, return_counts=True)[1].tolist()
+    for size, count in zip(sizes, shares(sizes, budget(config, total)), strict=True):
         part = slice(start, start + size)
-        count = max(1, round(budget(config, total) * size / total))
         kept.append(function(scores[part], grid[part], count, **options).sort().values + start)
         start += size
     return torch.cat(kept)
@@ -84,6 +84,16 @@ def budget(config: PruneConfig, total: int) -> int:
     """Return how many of `total` visual tokens may be kept, at least 1."""
     count = config.keep_tokens if config.keep_tokens is not None else round(config.keep_ratio * total)
     return min(total, max(1, count))
+
+
+def shares(sizes: Sequence[int], budget: int) -> list[int]:
+    """Return the budget split in proportion to the sizes, in whole tokens that add up to it (largest remainders)."""
+    total = sum(sizes)
+    counts = [budget * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda visual: budget * sizes[visual] % total, reverse=True)
+    for visual in order[: budget - sum(counts)]:
+        counts[visual] += 1
+    return counts
 
 
 def _keeps_all(config: PruneConfig) -> bool:
@@ -145,7 +155,7 @@ def verifier(
     Stage I takes at most `focus` of the budget (1 in the paper). Where attention is flat, as in small models, `mass` is
     never reached and stage I would leave nothing to stage II.
     """
-    top = scores.topk(max(1, round(focus * count)))  # so no full sort is needed
+    top = scores.topk(round(focus * count))  # so no full sort is needed
     covered = top.values.cumsum(0) - top.values  # the mass before each token
     chosen = top.indices[covered < mass * scores.sum()]
     rest = torch.ones_like(scores, dtype=torch.bool)
@@ -155,7 +165,7 @@ def verifier(
 
 @pruner("attention")
 def attention(scores: Tensor, grid: Tensor, count: int) -> Tensor:
-    """Stage I alone: the tokens with most attention."""
+    """The tokens with most attention, up to the budget: stage I alone, whatever mass they cover."""
     return scores.topk(count).indices
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -34,20 +34,27 @@ class Speculation:
     rounds: int = 0
     target_passes: int = 0  # the prefill and every pass after it
     drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    accepted_tokens: int = 0  # those that stand in the text
     accepted_per_depth: list[int] = field(default_factory=list)  # rounds that accepted a node of depth 1, 2, ...
 
-    def add(self, parents: Sequence[int], accepted: Sequence[int]) -> None:
-        """Count one pass after the prefill: its drafted nodes' parents and its accepted nodes."""
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        """Count one pass and the drafted tokens of it that stand in the text."""
         self.target_passes += 1
-        if not parents:
+        if num_drafted == 0:
             return
         self.rounds += 1
-        self.drafted_tokens += len(parents)
-        self.accepted_tokens += len(accepted)
-        self.accepted_per_depth += [0] * (len(accepted) - len(self.accepted_per_depth))
-        for depth in range(len(accepted)):
-            self.accepted_per_depth[depth] += 1
+        self.drafted_tokens += num_drafted
+        self.accepted_per_depth += [0] * (num_accepted - len(self.accepted_per_depth))
+        self._count(range(num_accepted), 1)
+
+    def cut(self, num_accepted: int, num_left: int) -> None:
+        """Take back accepted tokens of the last pass that a stop string cut off the text."""
+        self._count(range(num_left, num_accepted), -1)
+
+    def _count(self, depths: range, step: int) -> None:
+        self.accepted_tokens += step * len(depths)
+        for depth in depths:
+            self.accepted_per_depth[depth] += step
 
     @property
     def mean_accepted_length(self) -> float:

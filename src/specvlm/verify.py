@@ -38,6 +38,12 @@ class Accepted:
     token_ids: tuple[int, ...]  # one more than nodes
 
 
+def _certain(token: int, like: Tensor) -> Tensor:
+    probs = torch.zeros_like(like)
+    probs[token] = 1
+    return probs
+
+
 class Dice:
     """The randomness of one request, drawn on the CPU so that a seed means the same on every device."""
 
@@ -88,17 +94,18 @@ class Verifier:
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
         tokens = draft.tokens.tolist()
-        if self._sampling.repetition_penalty != 1:
+        if self._sampling.penalty != 1:
             sees = ancestors(torch.tensor(draft.parents, dtype=torch.int64)).to(logits.device)
             seen = seen_tokens(self._seen, draft.tokens.to(logits.device), sees)
-            logits = penalise(logits, seen, self._sampling.repetition_penalty)
+            logits = penalise(logits, seen, self._sampling.penalty)
         if self._sampling.temperature == 0:
             accepted = accept_greedy(logits, tokens, draft.parents)
         else:
             target_probs = logits_to_probs(logits, self._sampling)
-            draft_probs = torch.zeros_like(target_probs) if draft.probs is None else draft.probs.to(logits.device)
+            draft_probs = None if draft.probs is None else draft.probs.to(logits.device)
             accepted = accept_sampled(target_probs, draft_probs, tokens, draft.parents, self._dice)
-        self._seen[list(accepted.token_ids)] = True
+        if self._sampling.penalty != 1:
+            self._seen[list(accepted.token_ids)] = True
         return accepted
 
 
@@ -178,7 +185,7 @@ def accept_greedy(logits: Tensor, tokens: Sequence[int], parents: Sequence[int])
 
 
 def accept_sampled(
-    target_probs: Tensor, draft_probs: Tensor, tokens: Sequence[int], parents: Sequence[int], dice: Dice
+    target_probs: Tensor, draft_probs: Tensor | None, tokens: Sequence[int], parents: Sequence[int], dice: Dice
 ) -> Accepted:
     """Accept by rejection so that every token is distributed as the target's (arXiv 2211.17192; trees: 2402.14020).
 
@@ -190,6 +197,7 @@ def accept_sampled(
     Args:
         target_probs: [N + 1, vocab] float32.
         draft_probs: [N + 1, vocab] float32, the distribution that a row's children were drawn from; zeros for leaves.
+            None: the drafter chose its tokens outright, each with certainty.
         tokens: N drafted tokens, siblings in the order they were drawn.
         parents: N parents, -1 for children of the root.
         dice: decides what is accepted and draws the bonus token.
@@ -197,20 +205,22 @@ def accept_sampled(
     children, row = _children(parents), 0
     nodes: list[int] = []
     while True:
-        target, draft = target_probs[row], draft_probs[row]
-        accepted = None
+        target, accepted = target_probs[row], None
+        draft = None if draft_probs is None else draft_probs[row]
         for node in children[row]:
             token = tokens[node]
-            ratio = target[token] / draft[token]
-            residual = (target - draft).clamp_min(0)
+            proposed = _certain(token, target) if draft is None else draft
+            residual = (target - proposed).clamp_min(0)
             mass = residual.sum()
-            if dice.happens(float(ratio)) or mass == 0:  # no mass: the two are equal
+            if dice.happens(float(target[token] / proposed[token])) or (mass == 0 and target[token] > 0):
                 accepted = node
                 break
-            target = residual / mass
-            draft = draft.clone()
-            draft[token] = 0
-            draft = draft / draft.sum()
+            if mass > 0:  # without, the two distributions are equal but for rounding
+                target = residual / mass
+            if draft is not None:
+                draft = draft.clone()
+                draft[token] = 0
+                draft = draft / draft.sum()
         if accepted is None:
             return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), dice.draw(target)))
         nodes.append(accepted)

@@ -36,10 +36,9 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from specvlm.config import VideoConfig
+from specvlm.config import DEFAULT_FPS, VideoConfig
 from specvlm.errors import ConfigError, MediaError
 
-DEFAULT_FPS = 2.0
 MAX_FRAME_BYTES = 16 << 30
 MAX_REDIRECTS = 5
 _FORMATS = (  # a playlist format (hls, dash, concat) would let a file name other files and hosts, so none is here

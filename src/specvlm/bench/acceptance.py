@@ -18,9 +18,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from specvlm.config import EngineConfig
 from specvlm.engine import Prefilled, Request, SpecVLM
@@ -86,6 +87,8 @@ def read_clips(directory: Path) -> list[dict[str, str]]:
             clips.append({name: clip[name] for name in ("id", "file", "prompt")})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file}, line {number} is no JSON object with id, file, prompt: {line[:60]}") from error
+    if not clips:
+        raise ConfigError(f"{file} is empty: write a line {{id, file, prompt}} for each video")
     return clips
 
 
@@ -95,8 +98,8 @@ def run(
     """Yield a Result per clip and method."""
     for clip in clips:
         source = str(directory / clip["file"])
-        first = model.request(source, clip["prompt"], **settings, pruner="verifier", drafter="model", keep_ratio=0.5)
-        start = model.prefill(first)
+        first = model.request(source, clip["prompt"], **settings)
+        start = model.prefill(first, is_scored=True)
         reference = _generate(model, first, start)
         plain = _decode(model, start, first.config.replace(drafter="none"))[1]
         for method in sweep:
@@ -107,7 +110,7 @@ def run(
                 visual_tokens=start.prompt.num_visual,
                 kept_visual_tokens=request.usage.kept_visual_tokens,
                 completion_tokens=len(ids),
-                target_passes=request.speculation.target_passes + 1,
+                target_passes=request.speculation.target_passes,
                 rounds=request.speculation.rounds,
                 accepted_tokens=request.speculation.accepted_tokens,
                 is_plain=ids == plain,
@@ -117,17 +120,17 @@ def run(
 
 def _decode(model: SpecVLM, start: Prefilled, config: EngineConfig) -> tuple[Request, list[int]]:
     start.session.rollback()
-    request = Request(config, ())
+    request = Request(config, (), ())
     return request, [token for latest in model.decode(request, start) for token in latest.token_ids]
 
 
 def _generate(model: SpecVLM, request: Request, start: Prefilled) -> list[int]:
-    """Return what transformers' own generate() answers greedily, given the same inputs."""
-    ids = start.inputs.input_ids
-    sampling = request.config.sampling
-    out = model.target.hf.generate(
-        input_ids=ids[None], **start.inputs.model_kwargs, max_new_tokens=sampling.max_new_tokens, do_sample=False
-    )
+    """Return what transformers' own generate() answers greedily, with its own attention, given the same inputs."""
+    ids, num_new = start.inputs.input_ids, request.config.sampling.max_new_tokens
+    with model.target.stock_attention():
+        out = model.target.hf.generate(
+            input_ids=ids[None], **start.inputs.model_kwargs, max_new_tokens=num_new, do_sample=False
+        )
     new: list[int] = out[0, ids.shape[0] :].tolist()
     return new
 
@@ -167,11 +170,13 @@ def table(results: Sequence[Result], command: str) -> str:
         part = [result for result in results if result.tree == tree]
         pages += [f"## tree `{tree}`\n", _mat_table(part), _difference_table(part)]
     count = len({result.clip for result in results})
+    below = "At keep_ratio 1 every pruner keeps every token, so `none` stands for all of them there.\n"
     same = sum(result.is_plain and result.is_generate for result in results)
     head = [
         "# Acceptance by pruner and keep_ratio\n",
         f"{count} clips, mean ± 95 % interval over clips. Made by `{command}`.\n",
         f"Identical ids: {same} of {len(results)} answers equal plain decoding and transformers' generate().\n",
+        below,
     ]
     return "\n".join(head + pages)
 
@@ -222,11 +227,6 @@ def _difference_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(file: str, text: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(text, encoding="utf-8")
-
-
 def provenance(command: str) -> dict[str, Any]:
     """Return what a result depends on: command line, commit and package versions."""
     commit = subprocess.run(
@@ -235,19 +235,31 @@ def provenance(command: str) -> dict[str, Any]:
     return {"command": command, "commit": commit.stdout.strip() or None, "versions": versions()}
 
 
-def write(results: Sequence[Result], *, out: str | None = None, page: str | None = None) -> bool:
-    """Write JSON lines to `out`, the first one of provenance, and the table to `page` or stdout.
+def record(results: Iterable[Result], out: str | None, page: str | None) -> list[Result]:
+    """Collect the results, each written to `out` as it comes, and write the table to `page` or stdout.
 
-    Returns:
-        Whether every answer was identical to plain decoding's and to transformers' generate().
+    The first line of `out` is the provenance. Both files are opened before the first result is asked for.
+
+    Raises:
+        ConfigError: a file cannot be written.
     """
     command = "specvlm " + shlex.join(sys.argv[1:])
-    if out is not None:
-        lines = [provenance(command), *(asdict(result) for result in results)]
-        _write(out, "".join(json.dumps(line) + "\n" for line in lines))
-    text = table(results, command)
-    if page is None:
-        print(text)
-    else:
-        _write(page, text)
-    return all(result.is_plain and result.is_generate for result in results)
+    collected = []
+    with ExitStack() as files:
+        lines, table_file = (files.enter_context(_writable(name)) if name else None for name in (out, page))
+        if lines:
+            print(json.dumps(provenance(command)), file=lines, flush=True)
+        for result in results:
+            collected.append(result)
+            if lines:
+                print(json.dumps(asdict(result)), file=lines, flush=True)
+        print(table(collected, command), file=table_file or sys.stdout, end="")
+    return collected
+
+
+def _writable(name: str) -> TextIO:
+    try:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be written ({error.strerror}): give another file") from error

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.families.base import Inputs, Message, Prompt, Visual
+from specvlm.families.base import Inputs, Message, Prompt, Visual, parts
 from specvlm.families.pixels import Limits, read_json
 from specvlm.video import Frames
 
@@ -142,6 +142,11 @@ class VisionFamily(ABC):
             kwargs["mm_token_type_ids"] = self._type_ids(ids)[None]
         return Inputs(ids, kwargs, tuple(e.visual for e in order))
 
+    def last_turn(self, input_ids: Tensor) -> int:
+        """Return where the last user turn begins; all these families write ChatML, whose last turn opens the answer."""
+        turns = (input_ids == self.tokenizer.convert_tokens_to_ids("<|im_start|>")).nonzero().squeeze(1)
+        return int(turns[-2]) if turns.shape[0] >= 2 else 0
+
     @torch.no_grad()
     def merged(self, model: Any, inputs: Inputs) -> Prompt:
         """Run the vision tower of `model` (the HF ...ForConditionalGeneration) and return its language model's prompt.
@@ -230,25 +235,6 @@ class VisionFamily(ABC):
 
 
 def _strip(message: Any) -> Message:
-    """Return a message without its media, which travel beside the messages.
-
-    Raises:
-        ConfigError: it has no role, or its content is neither text nor a list of text, image and video parts.
-    """
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ConfigError(f"message={message!r} is not allowed: give an object with a role and a content")
-    content = message.get("content")
-    if isinstance(content, str):
-        return message
-    if not isinstance(content, list | tuple):
-        raise ConfigError(f"content={content!r} of a message is not allowed: give a string or a list of parts")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in _KINDS:
-            parts.append({"type": kind})
-        else:
-            raise ConfigError(f"a message part of type {kind!r} is not allowed: give text (a string), image or video")
-    return {**message, "content": parts}
+    """Return a message without its media, which travel beside the messages."""
+    content = [part if part["type"] == "text" else {"type": part["type"]} for part in parts(message)]
+    return {**message, "content": content} if content else message
