@@ -25,10 +25,12 @@ def test_the_interval_is_students():
 
 
 def test_unpruned_is_swept_once_a_tree():
-    assert methods(["uniform", "none", "random"], [1.0, 0.1], ["paper"]) == [
+    assert methods(["uniform", "none"], [1.0, 0.5, 0.1], ["paper", "chain:5"]) == [
         Method("none", 1.0, "paper"),
+        Method("uniform", 0.5, "paper"),
         Method("uniform", 0.1, "paper"),
-        Method("random", 0.1, "paper"),
+        Method("none", 1.0, "chain:5"),
+        Method("uniform", 0.1, "chain:5"),
     ]
 
 
@@ -75,6 +77,7 @@ def test_the_command_writes_page_and_lines(tmp_path, capsys):
         (["--pruners", "best"], "pruner='best'"),
         (["--trees", "oak"], "tree='oak'"),
         (["--clips", "nowhere"], "there is no nowhere/clips.jsonl"),
+        (["--out", "/proc/nowhere/a.jsonl"], "/proc/nowhere/a.jsonl cannot be written"),
     ],
 )
 def test_a_bad_sweep_is_one_line(args, words, capsys):
@@ -82,6 +85,12 @@ def test_a_bad_sweep_is_one_line(args, words, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_empty_list_of_clips_is_refused(tmp_path):
+    (tmp_path / "clips.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="is empty"):
+        read_clips(tmp_path)
 
 
 def test_a_broken_line_of_clips_is_named(tmp_path):

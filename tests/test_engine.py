@@ -1,6 +1,10 @@
 """The engine on tiny random models of every family: the tokens of plain decoding and of transformers' generate()."""
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -68,6 +72,15 @@ def test_max_new_tokens_is_exact(length):
     assert answer.usage.completion_tokens == length
 
 
+def assert_counted(answer):
+    """Every token is a pass's own or an accepted one that stands in the text; the last pass's own may be cut off."""
+    account = answer.speculation
+    assert account.accepted_tokens == sum(account.accepted_per_depth)
+    missing = account.target_passes + account.accepted_tokens - answer.usage.completion_tokens
+    assert missing in (0, 1)
+    assert len(answer.token_ids) == answer.usage.completion_tokens
+
+
 @pytest.mark.parametrize("place", range(8))
 def test_any_eos_id_ends_the_text_inside_an_accepted_block(place, monkeypatch):
     model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
@@ -78,6 +91,7 @@ def test_any_eos_id_ends_the_text_inside_an_accepted_block(place, monkeypatch):
     assert answer.token_ids == whole.token_ids[: whole.token_ids.index(eos) + 1] == plain.token_ids
     assert answer.finish_reason == "stop"
     assert answer.text == plain.text
+    assert_counted(answer)
     assert ask(model, ignore_eos=True).token_ids == whole.token_ids
 
 
@@ -89,6 +103,7 @@ def test_a_stop_string_is_cut_off_wherever_it_falls():
     assert answer.text == whole[: whole.index(stop)] == plain.text
     assert answer.token_ids == plain.token_ids == ask(model).token_ids[: len(plain.token_ids)]
     assert answer.finish_reason == "stop"
+    assert_counted(answer)
 
 
 def test_two_requests_may_interleave_on_one_model(pair):
@@ -117,6 +132,55 @@ def test_repetition_penalty_is_transformers(pair):
     answer = ask(pair, repetition_penalty=1.4, keep_ratio=1.0)
     assert answer.token_ids == expected
     assert answer.speculation.accepted_tokens > 0
+
+
+def test_the_checkpoints_own_repetition_penalty_is_in_force(pair, monkeypatch):
+    monkeypatch.setattr(pair.target.hf.generation_config, "repetition_penalty", 1.4)
+    model = SpecVLM(type(pair.target)(pair.target.hf, pair.target.family), pair.draft)
+    answer = ask(model)
+    assert answer.config.sampling.repetition_penalty == 1.4
+    assert answer.token_ids == transformers_ids(model) != ask(model, repetition_penalty=1.0).token_ids
+
+
+def test_what_was_left_to_chance_is_in_the_account():
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    first = ask(model, temperature=1.0)
+    again = ask(model, temperature=1.0, seed=first.config.sampling.seed)
+    assert first.token_ids == again.token_ids != ask(model, temperature=1.0).token_ids
+    assert first.config.video.fps == 2.0
+
+
+def test_a_request_runs_once():
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    request = model.request(tiny.video(6), PROMPT, max_new_tokens=4)
+    model.generate_request(request)
+    with pytest.raises(ValueError, match="runs once"):
+        model.generate_request(request)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user"}, "content=None"),
+        ({"content": "hi"}, "a role and a content"),
+        ({"role": "user", "content": ["hi"]}, "part of type None"),
+        ({"role": "user", "content": [{"text": "hi"}]}, "part of type None"),
+        ({"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, "part of type 'audio'"),
+        ({"role": "user", "content": [{"type": "video"}]}, "names no video"),
+    ],
+)
+def test_a_malformed_message_is_named(message, words):
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    with pytest.raises(ConfigError, match=words):
+        model.request([message])
+
+
+@pytest.mark.parametrize("key", ["video", "path", "url"])
+def test_a_part_names_its_source_in_any_usual_way(key):
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    content = [{"type": "video", key: tiny.video(6)}, {"type": "text", "text": PROMPT}]
+    answer = model.generate([{"role": "user", "content": content}], max_new_tokens=LENGTH)
+    assert answer.token_ids == ask(model).token_ids
 
 
 def test_text_without_a_video(pair):
@@ -309,6 +373,30 @@ def test_a_prompt_beyond_the_context_is_refused(pair):
         ask(pair, max_new_tokens=4096)
 
 
+def test_a_draft_that_sees_videos_differently_is_refused(family, monkeypatch):
+    target, draft = load(family, "target"), load(family, "draft")
+    settings = {**draft.family.settings, "video": {**draft.family.settings["video"], "image_mean": (0.1, 0.2, 0.3)}}
+    monkeypatch.setattr(draft.family, "settings", settings)
+    with pytest.raises(UnsupportedModel, match=r"video.image_mean is .* and \(0.1, 0.2, 0.3\)"):
+        SpecVLM(target, draft)
+    settings["video"]["image_mean"] = target.family.settings["video"]["image_mean"]
+    settings["video"]["size"] = {"shortest_edge": 1, "longest_edge": 2}  # bounds are the target's affair
+    SpecVLM(target, draft)
+
+
+def test_a_hub_ids_processor_files_are_read(tmp_path):
+    """A checkpoint in an offline Hugging Face cache has the settings of its own files, not the classes' defaults."""
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(tiny.checkpoint("qwen2_5_vl", "draft"), snapshot)
+    (tmp_path / "hub" / "models--acme--tiny" / "refs").mkdir()
+    (tmp_path / "hub" / "models--acme--tiny" / "refs" / "main").write_text("0123")
+    code = "from specvlm.model import VideoLM; print(VideoLM.from_pretrained('acme/tiny').family.settings['video'])"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(load("qwen2_5_vl", "draft").family.settings["video"])
+
+
 def test_a_draft_of_another_family_or_tokenizer_is_refused(monkeypatch):
     target, other = load("qwen2_5_vl", "target"), load("qwen2_vl", "draft")
     with pytest.raises(UnsupportedModel, match=r"is a qwen2_vl, target .* a qwen2_5_vl"):
@@ -333,6 +421,14 @@ def test_a_draft_of_another_family_or_tokenizer_is_refused(monkeypatch):
         ({"pruner": "best"}, "known are attention"),
         ({"tree": "chain:x"}, "chain:N"),
         ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": 1e-40}, "temperature=1e-40"),
+        ({"seed": 10**20}, "2\\^63"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not allowed: it must be int"),
+        ({"max_new_tokens": True}, "it must be int"),
+        ({"keep_ratio": "0.1"}, "it must be float"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        ({"stop": "abc"}, "stop='abc'"),
+        ({"focus": 1.5}, "focus=1.5"),
     ],
 )
 def test_a_bad_setting_is_named_before_any_work(settings, words):

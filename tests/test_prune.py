@@ -107,6 +107,14 @@ def test_budgets_of_several_visuals():
     assert frames.shape[0] <= 25
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3, 7, 50, 119, 120])
+def test_shares_add_up_to_the_budget(budget):
+    assert sum(prune.shares([100, 5, 15], budget)) == budget
+    assert max(prune.shares([100, 5, 15], budget)) <= 100
+    grid, visual_id = torch.cat([cells(4, 5, 5), cells(1, 5, 4)]), torch.tensor([0] * 100 + [1] * 20)
+    assert len(keep(PruneConfig(keep_tokens=budget, per_visual=True), grid, torch.rand(120), visual_id)) == budget
+
+
 def test_an_unknown_pruner_lists_the_known():
     with pytest.raises(ConfigError, match=r"'best'.*verifier"):
         keep(PruneConfig(pruner="best"), cells(1, 1, 4))

@@ -87,6 +87,24 @@ def test_one_level_leaves_the_targets_distribution(width, zeros):
     torch.testing.assert_close(law, target[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [(0,), (2, 1), (3, 0, 2)])
+def test_tokens_proposed_with_certainty_leave_the_targets_distribution(tokens):
+    """A drafter that gives no probabilities, such as a lookup: every child is a sure proposal."""
+    for target in (distributions(len(tokens) + 1, 0), distributions(len(tokens) + 1, 0, zeros=2)):
+        law = torch.zeros(VOCAB, dtype=torch.float64)
+        for accepted, weight in outcomes(
+            lambda dice, t=target: verify.accept_sampled(t, None, tokens, [-1] * len(tokens), dice)
+        ).items():
+            law[accepted.token_ids[0]] += weight
+        torch.testing.assert_close(law, target[0], rtol=0, atol=1e-12)
+
+
+def test_a_token_that_the_target_excludes_is_never_accepted():
+    target, draft = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 1e-9], [0.0, 0.0]])
+    law = outcomes(lambda dice: verify.accept_sampled(target, draft, [1], [-1], dice))
+    assert {accepted.token_ids for accepted, weight in law.items() if weight > 0} == {(0,)}
+
+
 def test_two_levels_leave_the_targets_joint_distribution():
     """Tree 0, 1, 00, 01 over a Markov target: the first two tokens together have the target's law, to 1e-12."""
     target, draft = distributions(VOCAB + 1, 2), distributions(VOCAB + 1, 3)  # row 0: the start, row t + 1: after t

@@ -212,7 +212,7 @@ def _add_acceptance(questions: Any) -> None:
     parser.add_argument("--clips", metavar="DIR", help=text)
     parser.add_argument("--pruners", metavar="A,B", help="the pruners to rank [default: all]")
     parser.add_argument("--keep-ratios", metavar="X,Y", default="1,0.5,0.25,0.1,0.05", help="[default: %(default)s]")
-    text = "drafted trees [default: paper chain:5]"
+    text = "drafted trees, all but the first at keep_ratio 1 and 0.1 alone [default: paper chain:5]"
     parser.add_argument("--trees", metavar="TREE", nargs="+", default=["paper", "chain:5"], help=text)
     parser.add_argument("--out", metavar="FILE.jsonl", help="write a line per clip and method, after one of provenance")
     parser.add_argument("--page", metavar="FILE.md", help="write the table there [default: stdout]")

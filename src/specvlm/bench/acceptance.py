@@ -62,11 +62,11 @@ class Result:
 
 
 def methods(pruners: Sequence[str], keep_ratios: Sequence[float], trees: Sequence[str]) -> list[Method]:
-    """Return the sweep: unpruned once a tree, then every pruner at every ratio below 1."""
+    """Return the sweep: unpruned once a tree, then every pruner at every ratio below 1, further trees at 0.1 alone."""
     sweep = []
-    for tree in trees:
+    for place, tree in enumerate(trees):
         sweep.append(Method("none", 1.0, tree))
-        below = [ratio for ratio in keep_ratios if ratio < 1]
+        below = [ratio for ratio in keep_ratios if ratio < 1] if place == 0 else [0.1]
         sweep += [Method(name, ratio, tree) for name in pruners if name != "none" for ratio in below]
     return sweep
 
