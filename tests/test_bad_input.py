@@ -21,7 +21,7 @@ PATHS = {"TARGET": TARGET, "OTHER_FAMILY": tiny.checkpoint("qwen2_vl", "draft")}
 SETTINGS = {  # command line -> what its line must say
     "clip.mp4 --keep-ratio 2": ["keep_ratio=2.0", "at most 1"],
     "clip.mp4 --keep-ratio 0": ["keep_ratio=0.0", "above 0"],
-    "clip.mp4 --keep-ratio nan": ["keep_ratio=nan", "above 0"],
+    "clip.mp4 --keep-ratio nan": ["keep_ratio=nan", "must be float"],
     "clip.mp4 --keep-ratio ten": ["--keep-ratio", "'ten'", "--help"],
     "clip.mp4 --keep-tokens 0": ["keep_tokens=0", "at least 1"],
     "clip.mp4 --mass 1.5": ["mass=1.5", "from 0 to 1"],

@@ -26,6 +26,7 @@ SETTINGS = {  # another value than the default for every setting, as it is writt
     "max_pixels": ("9000", 9000), "total_pixels": ("90000", 90000), "max_download_bytes": ("99", 99),
     "timeout": ("3", 3.0), "keep_ratio": ("0.2", 0.2), "keep_tokens": ("8", 8), "pruner": ("window", "window"),
     "mass": ("0.5", 0.5), "spacing": ("sequence", "sequence"), "window": ("back", "back"), "per_visual": (None, True),
+    "focus": ("0.25", 0.25),
     "score_rows": ("last_turn", "last_turn"), "prune_seed": ("3", 3), "drafter": ("none", "none"),
     "tree": ("0,1,00", "0,1,00"), "max_new_tokens": ("9", 9), "temperature": ("0.7", 0.7), "top_p": ("0.9", 0.9),
     "top_k": ("20", 20), "min_p": ("0.1", 0.1), "repetition_penalty": ("1.1", 1.1), "seed": ("4", 4),
@@ -173,7 +174,7 @@ def test_defaults_run_the_bundled_pair_without_a_word_on_stderr(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(done.stdout)
     assert content["config"].pop("models")["draft"] == bundled("draft")
-    wanted = EngineConfig().replace(num_frames=2, max_new_tokens=4)
+    wanted = EngineConfig().replace(num_frames=2, max_new_tokens=4, repetition_penalty=1.0)
     assert content["config"] == json.loads(json.dumps(asdict(wanted)))
     assert content["speculation"]["drafted_tokens"] > 0
     assert list(tmp_path.iterdir()) == []

@@ -86,7 +86,7 @@ class PruneConfig:
     pruner: str = _setting(
         "verifier",
         "how they are chosen: verifier (most attention, then evenly), attention, uniform, random, window, frame, none, "
-        "or one that you registered",
+        "or one that your program registered",
         choices="pruners",
     )
     mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
