@@ -24,6 +24,11 @@ def ask(model, **settings):
     return model.generate(tiny.video(6), PROMPT, **{"max_new_tokens": LENGTH, **settings})
 
 
+def ask_unpruned(model, **settings):
+    """With the target as its own draft every block is accepted whole, so that a text ends inside one."""
+    return ask(model, keep_ratio=1.0, **settings)
+
+
 def transformers_ids(model, source=None, prompt=PROMPT, **options):
     """What transformers' own generate() answers, given the same inputs."""
     source = tiny.video(6) if source is None else source
@@ -66,7 +71,7 @@ def test_the_target_as_its_own_draft_accepts_the_whole_tree(family):
 @pytest.mark.parametrize("length", range(1, 10))
 def test_max_new_tokens_is_exact(length):
     model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
-    whole, answer = ask(model), ask(model, max_new_tokens=length)
+    whole, answer = ask_unpruned(model), ask_unpruned(model, max_new_tokens=length)
     assert answer.token_ids == whole.token_ids[:length]
     assert answer.finish_reason == "length"
     assert answer.usage.completion_tokens == length
@@ -84,26 +89,31 @@ def assert_counted(answer):
 @pytest.mark.parametrize("place", range(8))
 def test_any_eos_id_ends_the_text_inside_an_accepted_block(place, monkeypatch):
     model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
-    whole = ask(model)
+    whole = ask_unpruned(model)
     eos = whole.token_ids[place]
     monkeypatch.setattr(model.target, "eos_ids", frozenset({eos, 10**6}))
-    answer, plain = ask(model), ask(model, drafter="none")
+    answer, plain = ask_unpruned(model), ask_unpruned(model, drafter="none")
     assert answer.token_ids == whole.token_ids[: whole.token_ids.index(eos) + 1] == plain.token_ids
     assert answer.finish_reason == "stop"
     assert answer.text == plain.text
     assert_counted(answer)
-    assert ask(model, ignore_eos=True).token_ids == whole.token_ids
+    request = model.request(tiny.video(6), PROMPT, max_new_tokens=LENGTH, keep_ratio=1.0)
+    list(model.rounds(request))
+    assert request.speculation == answer.speculation
+    assert ask_unpruned(model, ignore_eos=True).token_ids == whole.token_ids
 
 
 def test_a_stop_string_is_cut_off_wherever_it_falls():
     model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "target"))
-    whole = ask(model).text
-    stop = next(whole[i : i + 3] for i in range(4, len(whole)) if "\ufffd" not in whole[i : i + 3])
-    answer, plain = ask(model, stop=(stop, "never there")), ask(model, stop=(stop,), drafter="none")
-    assert answer.text == whole[: whole.index(stop)] == plain.text
-    assert answer.token_ids == plain.token_ids == ask(model).token_ids[: len(plain.token_ids)]
-    assert answer.finish_reason == "stop"
-    assert_counted(answer)
+    whole = ask_unpruned(model)
+    stops = {whole.text[i : i + 3] for i in range(2, len(whole.text) - 3, 4)}
+    for stop in sorted(stop for stop in stops if "\ufffd" not in stop):
+        answer = ask_unpruned(model, stop=(stop, "never there"))
+        plain = ask_unpruned(model, stop=(stop,), drafter="none")
+        assert answer.text == whole.text[: whole.text.index(stop)] == plain.text
+        assert answer.token_ids == plain.token_ids == whole.token_ids[: len(plain.token_ids)]
+        assert answer.finish_reason == "stop"
+        assert_counted(answer)
 
 
 def test_two_requests_may_interleave_on_one_model(pair):
