@@ -435,7 +435,7 @@ def _bench_acceptance(args: argparse.Namespace, status: Status) -> int:
             yield result
 
     results = acceptance.record(watched(), args.out, args.page)
-    return 0 if all(result.is_plain and result.is_generate for result in results) else 1
+    return 0 if all(result.is_identical for result in results) else 1
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:

@@ -74,9 +74,14 @@ def check(config: DraftConfig) -> None:
     tree.parse(config.tree)
 
 
+def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
+    """Return the class in force; without a draft model, "model" falls back to plain decoding."""
+    return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter]
+
+
 def create(config: DraftConfig, model: VideoLM | None) -> Drafter:
-    """Return a new drafter; without a draft model, "model" falls back to plain decoding."""
-    return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter](model, config)
+    """Return a new drafter of the class in force."""
+    return kind(config, model)(model, config)
 
 
 @drafter("none")
@@ -191,16 +196,20 @@ class ModelDrafter:
         self._session.keep(rows)
         if nodes:
             self._pending += self._tokens[nodes[len(rows) :]].tolist()
-            self._seen[self._tokens[nodes]] = True
+            self._see(self._tokens[nodes])
 
     def _catch_up(self) -> Tensor:
         """Run the pending tokens; return the logits [1, vocab] after them."""
         tokens = torch.tensor(self._pending, device=self._model.device)
-        self._seen[tokens.clamp_max(self._model.vocab_size - 1)] = True
+        self._see(tokens)
         logits = self._step(tokens, range(-1, len(self._pending) - 1))
         self._session.keep(range(len(self._pending)))
         self._pending = []
         return logits[-1:]
+
+    def _see(self, tokens: Tensor) -> None:
+        if self._sampling.penalty != 1:
+            self._seen[tokens.clamp_max(self._model.vocab_size - 1)] = True
 
     def _step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
         # the target's padding rows have no embedding in a draft with fewer of them; such a token costs acceptance only

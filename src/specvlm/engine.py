@@ -179,7 +179,7 @@ class SpecVLM:
         request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
         with stage("prefill", target.device):
             if is_scored is None:
-                is_scored = self._drafter(config).prunes and prune.needs_scores(config.prune)
+                is_scored = drafting.kind(config.draft, self.draft).prunes and prune.needs_scores(config.prune)
             rows = _score_rows(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
             session, logits, scores = target.start(prompt, room, rows)
@@ -193,7 +193,7 @@ class SpecVLM:
         sampling, stage, device = request.config.sampling, request.seconds.stage, self.target.device
         dice = verify.Dice(sampling.seed)
         verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
-        ending, drafter = _Ending(sampling, self.target.eos_ids), self._drafter(request.config)
+        ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(request.config.draft, self.draft)
 
         draft = verify.Draft.empty()
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
@@ -283,9 +283,6 @@ class SpecVLM:
             "draft_device": str(draft.device) if draft else None,
             "dtype": str(self.target.hf.dtype).removeprefix("torch."),
         }
-
-    def _drafter(self, config: EngineConfig) -> drafting.Drafter:
-        return drafting.create(config.draft, self.draft)
 
     def _read(self, request: Request) -> Inputs:
         """Read the media of a request and return the target's inputs."""

@@ -56,6 +56,11 @@ class Result:
     is_generate: bool  # and those of transformers' generate()
 
     @property
+    def is_identical(self) -> bool:
+        """Whether the ids are those of both."""
+        return self.is_plain and self.is_generate
+
+    @property
     def mat(self) -> float:
         """Accepted draft tokens a round, without the bonus token."""
         return self.accepted_tokens / max(1, self.rounds)
@@ -171,7 +176,7 @@ def table(results: Sequence[Result], command: str) -> str:
         pages += [f"## tree `{tree}`\n", _mat_table(part), _difference_table(part)]
     count = len({result.clip for result in results})
     below = "At keep_ratio 1 every pruner keeps every token, so `none` stands for all of them there.\n"
-    same = sum(result.is_plain and result.is_generate for result in results)
+    same = sum(result.is_identical for result in results)
     head = [
         "# Acceptance by pruner and keep_ratio\n",
         f"{count} clips, mean ± 95 % interval over clips. Made by `{command}`.\n",
