@@ -1,0 +1,239 @@
+"""A linear layer for few rows that streams its weight once, at the rate of the memory: y = x W^T.
+
+A decode step multiplies 1 to 128 rows with every weight of the model, so the weights' bytes are its floor. What a
+library product loses against that floor is the start and the end of each kernel. Here the weight is shared out evenly
+over all multiprocessors whatever its shape, and with `pdl` each kernel starts while the one ahead of it still drains,
+and brings its first weights into the L2 meanwhile: weights depend on no kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specvlm.errors import ConfigError
+
+MAX_ROWS = 128
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_SHARED_BYTES = 226 * 1024  # what one program may use on compute capability 9, less 1 KiB for barriers
+_PARTIAL_FLOATS = 2 * 2 * 132 * 128 * 128  # two partial blocks for each of two programs on each of an H200's SMs
+_MAX_BLOCKS = 1 << 16
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one product is cut up.
+
+    Attributes:
+        block_t: rows of the input, padded to a power of two of 16 or more.
+        block_n: rows of the weight in a tile; with a gate, rows of each half.
+        block_k: columns of a tile.
+        stages: tiles in flight.
+        warps: warps of a program.
+        programs: programs, among which all tiles are shared out evenly.
+        tma: load tiles with the bulk copy engine (16-byte aligned rows) rather than through pointers.
+        pdl: launch while the kernel ahead drains (programmatic dependent launch).
+        prefetch: with `pdl`, tiles a program brings into the L2 before the kernel ahead has ended.
+        trigger: with `pdl`, tiles a program has still to do when it lets the next kernel start.
+    """
+
+    block_t: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+    programs: int
+    tma: bool = True
+    pdl: bool = False
+    prefetch: int = 0
+    trigger: int = 1
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    partial: Tensor  # fp32: sums of blocks of rows that several programs share
+    arrivals: Tensor  # int32, one for each block of rows; zero between launches
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """Return x W^T (+ bias) (+ residual), [..., N], with the same bits on every run.
+
+    Triton on a Hopper GPU for at most 128 rows of a 2-byte type, `torch.nn.functional.linear` otherwise. Products on
+    one device share a workspace: two must not run at once, and the first call must come before any graph is captured.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], as torch.nn.Linear holds it.
+        bias: [N].
+        residual: [..., N], added to the rounded product.
+        pdl: start while the kernel ahead drains; that kernel must not write to the weight, the bias excepted.
+
+    Raises:
+        ConfigError: the first call on a device is made while a graph is captured.
+    """
+    if not _served(x, weight):
+        y = F.linear(x, weight, bias)
+        return y if residual is None else residual + y
+    rows = x.reshape(-1, x.shape[-1])
+    plan = _plan_for(rows, weight, weight.shape[0], pdl)
+    added = None if residual is None else residual.reshape(-1, weight.shape[0])
+    return stream_linear(rows, weight, bias, residual=added, plan=plan).view(*x.shape[:-1], weight.shape[0])
+
+
+def gate_up_silu(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
+    """Return silu(x G^T) * (x U^T), [..., I], where `weight` is G over U, [2 * I, K]. As `linear` in all else."""
+    if not _served(x, weight):
+        gate, up = F.linear(x, weight).chunk(2, dim=-1)
+        return F.silu(gate) * up
+    rows = x.reshape(-1, x.shape[-1])
+    width = weight.shape[0] // 2
+    plan = _plan_for(rows, weight, width, pdl, gated=True)
+    return stream_linear(rows, weight, gated=True, plan=plan).view(*x.shape[:-1], width)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Do what `linear` does with torch operations: sum in fp32, round the product, round its sum with the residual."""
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return y if residual is None else residual + y
+
+
+def gate_up_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Do what `gate_up_silu` does with torch operations, rounding where transformers' MLPs round."""
+    gate, up = linear_reference(x, weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def plan_linear(rows: int, outputs: int, inputs: int, sms: int, *, gated: bool = False) -> LinearPlan:
+    """Choose the plan of a product of [rows, inputs] with [outputs, inputs] on `sms` multiprocessors.
+
+    Larger tiles read the input less often, smaller ones share out more evenly: the largest that leave each program 16.
+    """
+    block_t = max(16, 1 << (rows - 1).bit_length())
+    largest = 64 if gated else 128
+    choices = [(largest, 128), (largest, 64), (64, 64)] if block_t <= 32 else [(largest, 64), (64, 64)]
+    for block_n, block_k in choices:
+        tiles = -(-outputs // block_n) * -(-inputs // block_k)
+        if tiles >= 16 * sms:
+            break
+    halves = 2 if gated else 1
+    stage_bytes = 2 * (halves * block_n + block_t) * block_k
+    epilogue_bytes = 4 * block_n * block_t * halves
+    return LinearPlan(
+        block_t=block_t,
+        block_n=block_n,
+        block_k=block_k,
+        stages=max(2, min(9, (_SHARED_BYTES - epilogue_bytes) // stage_bytes)),
+        warps=4,
+        programs=min(sms, tiles),
+        tma=inputs % 8 == 0,
+        prefetch=512 // block_k if inputs % 8 == 0 else 0,
+        trigger=4,
+    )
+
+
+def stream_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    plan: LinearPlan,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launch the kernel with a given plan; the arguments are those of `linear` and `gate_up_silu`, x as [T, K].
+
+    Raises:
+        ConfigError: the plan asks for more programs or larger blocks than the workspace holds.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // (2 if gated else 1)
+    blocks = -(-outputs // plan.block_n)
+    area = plan.block_n * plan.block_t * (2 if gated else 1)
+    programs = min(plan.programs, blocks * -(-inputs // plan.block_k))
+    if blocks > _MAX_BLOCKS or 2 * programs * area > _PARTIAL_FLOATS:
+        raise ConfigError(f"{plan} does not fit the workspace for {outputs} outputs: take fewer programs")
+    space = _workspace(x.device)
+    y = x.new_empty((rows, outputs)) if out is None else out
+    _kernel()[(programs,)](
+        _tiles(x, plan.block_t, plan) if plan.tma else x,
+        _tiles(weight, plan.block_n, plan) if plan.tma else weight,
+        weight,
+        bias,
+        None if residual is None else residual.contiguous(),
+        y,
+        space.partial,
+        space.arrivals,
+        rows,
+        outputs,
+        inputs,
+        x.stride(0),
+        weight.stride(0),
+        programs,
+        plan.prefetch,
+        plan.trigger,
+        BLOCK_T=plan.block_t,
+        BLOCK_N=plan.block_n,
+        BLOCK_K=plan.block_k,
+        STAGES=plan.stages,
+        GATED=gated,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        TMA=plan.tma,
+        EVEN=not plan.tma and outputs % plan.block_n == 0 and inputs % plan.block_k == 0,
+        PDL=plan.pdl,
+        GPU=x.is_cuda,
+        num_warps=plan.warps,
+        **({"launch_pdl": True} if plan.pdl else {}),
+    )
+    return y
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the kernel takes this product."""
+    if not (x.is_cuda and _HAS_TRITON and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    rows = x.numel() // x.shape[-1]
+    return 1 <= rows <= MAX_ROWS and weight.stride(1) == 1 and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def _plan_for(x: Tensor, weight: Tensor, outputs: int, pdl: bool, *, gated: bool = False) -> LinearPlan:
+    """Return the plan for these tensors: that of their shape, through pointers where the copy engine takes no rows."""
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    plan = replace(plan_linear(x.shape[0], outputs, x.shape[1], sms, gated=gated), pdl=pdl)
+    if all(part.data_ptr() % 16 == 0 and part.stride(0) % 8 == 0 for part in (x, weight)):
+        return plan
+    return replace(plan, tma=False, prefetch=0)
+
+
+@cache
+def _workspace(device: torch.device) -> _Workspace:
+    """Return the device's workspace, which graphs hold on to by address, so that it is never freed or moved."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError("run specvlm.kernels.linear.linear once on this device before a CUDA graph is captured")
+    return _Workspace(
+        partial=torch.empty(_PARTIAL_FLOATS, dtype=torch.float32, device=device),
+        arrivals=torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device),
+    )
+
+
+@cache
+def _kernel() -> Any:
+    """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
+    return importlib.import_module("specvlm.kernels.linear_triton").stream_linear
+
+
+def _tiles(matrix: Tensor, rows: int, plan: LinearPlan) -> Any:
+    """Return the descriptor by which the copy engine loads [rows, block_k] tiles of a matrix."""
+    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    return descriptor.from_tensor(matrix, [rows, plan.block_k])

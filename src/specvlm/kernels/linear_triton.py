@@ -1,0 +1,199 @@
+# Triton types a kernel's arguments when it compiles a call.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: ignore-errors
+"""The Triton code of `specvlm.kernels.linear`, apart so that Triton is imported when it is first needed.
+
+The weight is cut into tiles of BLOCK_N rows x BLOCK_K columns, counted along the columns first. Every program takes an
+even share of that one sequence ("stream-K"), so all multiprocessors stop at the same time whatever the shape, and one
+pipelined loop runs over the share: the loads never pause between blocks of rows. The weight tile is the left factor of
+the product, [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_T], since the tensor cores want 64 rows or more there.
+
+A block of rows that several programs share is summed by the one that arrives last, always in the order of the programs:
+the result has the same bits whoever that is.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _fetch_rows(weight, row, column, rows, K, stride, width, BLOCK_N: tl.constexpr):
+    """Have `width` 2-byte columns of BLOCK_N rows brought into the L2, from (row, column) on, without waiting."""
+    n = tl.minimum(row + tl.arange(0, BLOCK_N), rows - 1).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [weight + n * stride + column, tl.minimum(width, K - column) * 2],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _barrier():
+    """Wait for all threads of the program. `tl.debug_barrier` inside a loop would keep Triton from pipelining it."""
+    tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _owner(index, tiles, programs):
+    """Return the program whose share holds tile `index`: the last p with tiles * p // programs <= index."""
+    return ((index + 1) * programs - 1) // tiles
+
+
+@triton.jit
+def _load_weight(
+    source, row, column, rows, K, stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Load the [BLOCK_N, BLOCK_K] weight tile at (row, column); what lies behind `rows` or K is zero."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        n = row + tl.arange(0, BLOCK_N)
+        k = column + tl.arange(0, BLOCK_K)
+        pointers = source + n.to(tl.int64)[:, None] * stride + k[None, :]
+        if EVEN:
+            tile = tl.load(pointers)
+        else:
+            inside = (n < rows)[:, None] & (k < K)[None, :]
+            tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_rows(
+    source, column, T, K, stride,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Load the [BLOCK_T, BLOCK_K] tile of the input at `column`; what lies behind T or K is zero."""
+    if TMA:
+        tile = source.load([0, column])
+    else:
+        t = tl.arange(0, BLOCK_T)
+        k = column + tl.arange(0, BLOCK_K)
+        inside = (t < T)[:, None]
+        if not EVEN:
+            inside = inside & (k < K)[None, :]
+        pointers = source + t[:, None] * stride + k[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(y, total, bias, residual, n, t, T, N, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    """Round and store rows n of the product, [BLOCK_N, BLOCK_T], as columns n of y."""
+    inside = (n < N)[:, None] & (t < T)[None, :]
+    places = t[None, :] * N + n[:, None]
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    result = total.to(y.dtype.element_ty)
+    if HAS_RESIDUAL:
+        result = (result.to(tl.float32) + tl.load(residual + places, mask=inside).to(tl.float32)).to(y.dtype.element_ty)
+    tl.store(y + places, result, mask=inside)
+
+
+@triton.jit
+def _store_gated(y, gate, up, n, t, T, N):
+    """Store silu(gate) * up, rounded to y's type at every step, as transformers' MLPs do."""
+    gate = gate.to(y.dtype.element_ty).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
+    result = activated * up.to(y.dtype.element_ty).to(tl.float32)
+    inside = (n < N)[:, None] & (t < T)[None, :]
+    tl.store(y + t[None, :] * N + n[:, None], result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_partials(partial, cells, low, high, AREA: tl.constexpr):
+    """Add up what programs `low` to `high` left of one block of rows, in this order."""
+    total = tl.load(partial + (2 * low + 1) * AREA + cells, cache_modifier=".cg")
+    for program in range(low + 1, high + 1):
+        total += tl.load(partial + 2 * program * AREA + cells, cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "programs", "prefetch", "trigger"])
+def stream_linear(
+    x, weight, weight_rows, bias, residual, y, partial, arrivals, T, N, K, x_stride, w_stride, programs,
+    prefetch, trigger,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """Compute y = x W^T (+ bias) (+ residual), or with GATED y = silu(x G^T) * (x U^T) where W is G over U.
+
+    Args: x [T, K] and weight [N or 2 N, K] as pointers, or with TMA as descriptors of their tiles; weight_rows the
+    pointer to the weight; y and residual [T, N]; partial: 2 * programs areas of BLOCK_N * BLOCK_T floats (twice that
+    with GATED); arrivals: a zero for each block of rows, left zero; prefetch and trigger count tiles: brought into the
+    L2 before the kernel ahead has ended; still to do when the next one may start. EVEN: no tile reaches over the
+    weight's edge. Without GPU (the interpreter) programs run one after another.
+    """
+    program = tl.program_id(0)
+    k_tiles = (K + BLOCK_K - 1) // BLOCK_K
+    tiles = (N + BLOCK_N - 1) // BLOCK_N * k_tiles
+    first = tiles * program // programs
+    last = tiles * (program + 1) // programs
+    weight_end = N
+    if GATED:
+        weight_end = 2 * N
+    if PDL:
+        if prefetch > 0:
+            block = first // k_tiles
+            column = (first - block * k_tiles) * BLOCK_K
+            _fetch_rows(weight_rows, block * BLOCK_N, column, N, K, w_stride, prefetch * BLOCK_K, BLOCK_N)
+            if GATED:
+                _fetch_rows(weight_rows, block * BLOCK_N + N, column, 2 * N, K, w_stride, prefetch * BLOCK_K, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+
+    t = tl.arange(0, BLOCK_T)
+    cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+    HALF: tl.constexpr = BLOCK_N * BLOCK_T
+    AREA: tl.constexpr = 2 * HALF if GATED else HALF
+    total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
+    if GATED:
+        up = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
+    for index in tl.range(first, last, num_stages=STAGES):
+        block = index // k_tiles
+        k = index - block * k_tiles
+        row = block * BLOCK_N
+        column = k * BLOCK_K
+        w = _load_weight(weight, row, column, weight_end, K, w_stride, BLOCK_N, BLOCK_K, TMA, EVEN)
+        rows = _load_rows(x, column, T, K, x_stride, BLOCK_T, BLOCK_K, TMA, EVEN)
+        total = tl.dot(w, rows.T, total)
+        if GATED:
+            w = _load_weight(weight, row + N, column, weight_end, K, w_stride, BLOCK_N, BLOCK_K, TMA, EVEN)
+            up = tl.dot(w, rows.T, up)
+        if PDL:  # noqa: SIM102 - one is known when compiling, the other is not
+            if index == tl.maximum(first, last - trigger):
+                tl.extra.cuda.gdc_launch_dependents()
+
+        ends = k == k_tiles - 1
+        if ends | (index == last - 1):
+            n = row + tl.arange(0, BLOCK_N)
+            begins = index - k >= first
+            if begins & ends:
+                if GATED:
+                    _store_gated(y, total, up, n, t, T, N)
+                else:
+                    _store(y, total, bias, residual, n, t, T, N, HAS_BIAS, HAS_RESIDUAL)
+            else:
+                # at most two of a share's blocks are shared: one begun by an earlier program, one left to a later one
+                own = partial + (2 * program + begins.to(tl.int32)) * AREA
+                tl.store(own + cells, total)
+                if GATED:
+                    tl.store(own + HALF + cells, up)
+                if GPU:
+                    _barrier()
+                low = _owner(index - k, tiles, programs)
+                high = _owner(index - k + k_tiles - 1, tiles, programs)
+                if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == high - low:
+                    whole = _sum_partials(partial, cells, low, high, AREA)
+                    if GATED:
+                        _store_gated(y, whole, _sum_partials(partial + HALF, cells, low, high, AREA), n, t, T, N)
+                    else:
+                        _store(y, whole, bias, residual, n, t, T, N, HAS_BIAS, HAS_RESIDUAL)
+                    tl.store(arrivals + block, 0)
+            total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
+            if GATED:
+                up = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
