@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from specvlm.bench.provenance import command_line, provenance, writable
 from specvlm.config import EngineConfig
 from specvlm.engine import Prefilled, Request, SpecVLM
 from specvlm.errors import ConfigError
-from specvlm.report import versions
 
 
 @dataclass(frozen=True)
@@ -232,14 +230,6 @@ def _difference_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Return what a result depends on: command line, commit and package versions."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {"command": command, "commit": commit.stdout.strip() or None, "versions": versions()}
-
-
 def record(results: Iterable[Result], out: str | None, page: str | None) -> list[Result]:
     """Collect the results, each written to `out` as it comes, and write the table to `page` or stdout.
 
@@ -248,10 +238,10 @@ def record(results: Iterable[Result], out: str | None, page: str | None) -> list
     Raises:
         ConfigError: a file cannot be written.
     """
-    command = "specvlm " + shlex.join(sys.argv[1:])
+    command = command_line()
     collected = []
     with ExitStack() as files:
-        lines, table_file = (files.enter_context(_writable(name)) if name else None for name in (out, page))
+        lines, table_file = (files.enter_context(writable(name)) if name else None for name in (out, page))
         if lines:
             print(json.dumps(provenance(command)), file=lines, flush=True)
         for result in results:
@@ -260,11 +250,3 @@ def record(results: Iterable[Result], out: str | None, page: str | None) -> list
                 print(json.dumps(asdict(result)), file=lines, flush=True)
         print(table(collected, command), file=table_file or sys.stdout, end="")
     return collected
-
-
-def _writable(name: str) -> TextIO:
-    try:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        return open(name, "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be written ({error.strerror}): give another file") from error
