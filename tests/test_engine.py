@@ -13,7 +13,7 @@ from conftest import load
 
 from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune, tree, verify
 from specvlm.draft import DRAFTERS, Context, create
-from specvlm.engine import _score_rows
+from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
@@ -261,8 +261,8 @@ def test_the_last_turn_can_score_alone(pair):
     ids = pair.prefill(pair.request(messages)).inputs.input_ids.tolist()
     start = pair.prefill(pair.request(messages, score_rows="last_turn"))
     config = pair.request(messages, score_rows="last_turn").config
-    rows = _score_rows(start.prompt, pair.target, config)
-    text = pair.target.tokenizer.decode([ids[row] for row in rows.tolist()])
+    first = _first_score_row(start.prompt, pair.target, config)
+    text = pair.target.tokenizer.decode(ids[first:])
     assert text.startswith("<|im_start|>user\nAnd then?")
     everything = pair.prefill(pair.request(messages))
     assert not torch.allclose(everything.scores, start.scores)
@@ -279,7 +279,7 @@ def test_a_tree_pass_gives_what_its_paths_give_alone(pair):
     start.session.keep([0, 1, 5])
     start.session.rollback()
     logits = start.session.step(tokens, parents)
-    sees = tree.ancestors(torch.tensor(parents))
+    sees = tree.ancestors(parents)
     fresh = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none")).session
     for row in range(26):
         path = tokens[sees[row]]
@@ -300,7 +300,7 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair):
     known = [11]
     for accepted in ((1, 7, 19), (0, 4, 12, 20), ()):  # a path with a leaf that never ran, one without, none at all
         draft = drafter.propose(known[-1], 9)
-        tokens, sees = draft.tokens, tree.ancestors(torch.tensor(draft.parents))
+        tokens, sees = draft.tokens, tree.ancestors(draft.parents)
         for node, parent in enumerate(draft.parents):
             path = known + tokens[sees[parent]].tolist() if parent >= 0 else known
             logits = session.step(torch.tensor(path), range(-1, len(path) - 1))[-1]
@@ -372,7 +372,7 @@ def test_the_account_adds_up(pair):
     assert account.target_passes + account.accepted_tokens == usage.completion_tokens == LENGTH
     assert usage.kept_visual_tokens == round(0.25 * usage.visual_tokens)
     seconds = answer.seconds.to_dict()
-    assert all(value > 0 for value in seconds.values())
+    assert all(value > 0 for stage, value in seconds.items() if stage != "capture")
     assert seconds["time_to_first_token"] < seconds["total"]
     stages = ("read", "encode", "prefill", "prune", "draft_prefill", "decode")
     assert sum(seconds[stage] for stage in stages) <= seconds["total"]

@@ -1,10 +1,12 @@
-"""The same promises on a GPU, and with target and draft on two devices. Skipped where there is none."""
+"""The same promises on a GPU: fused kernels and CUDA graphs against the Hugging Face modules."""
+
+import warnings
 
 import pytest
 import tiny
 import torch
 
-from specvlm import SpecVLM
+from specvlm import SpecVLM, tree
 from specvlm.model import VideoLM
 
 pytestmark = [
@@ -13,9 +15,16 @@ pytestmark = [
 ]
 PROMPT = "What happens in the video?"
 LENGTH = 24
+SHAPES = {
+    "plain": (),
+    "chain": tree.parse("chain:5").parents,
+    "paper": tree.parse("paper").parents,
+    "siblings": (-1,) * 7,
+    "largest": tree.parse("chain:127").parents,
+}
 
 
-def load_pair(family, device, draft_device, dtype="float32"):
+def load_pair(family, device="cuda", draft_device="cuda", dtype="float32"):
     target = VideoLM.from_pretrained(tiny.checkpoint(family, "target"), device=device, dtype=dtype)
     return SpecVLM(target, VideoLM.from_pretrained(tiny.checkpoint(family, "near"), device=draft_device, dtype=dtype))
 
@@ -36,12 +45,14 @@ def test_fp32_is_lossless_wherever_the_draft_sits(family, draft_device):
         )
     assert plain.token_ids == tuple(out[0, inputs.input_ids.shape[0] :].tolist())
     accepted = 0
-    for tree in ("paper", "chain:4"):
+    for spec in ("paper", "chain:4"):
         for keep_ratio in (1.0, 0.1):
-            answer = model.generate(**ask, tree=tree, keep_ratio=keep_ratio)
+            answer = model.generate(**ask, tree=spec, keep_ratio=keep_ratio)
             assert answer.token_ids == plain.token_ids
             accepted += answer.speculation.accepted_tokens
     assert accepted > 0
+    penalised = [model.generate(**ask, repetition_penalty=1.3, eager=eager).token_ids for eager in (False, True)]
+    assert penalised[0] == penalised[1] != plain.token_ids
     sampled = [model.generate(**ask, temperature=1.0, top_k=20, seed=1).token_ids for _ in range(2)]
     assert sampled[0] == sampled[1]
 
@@ -52,3 +63,67 @@ def test_bfloat16_is_the_default_and_runs(family):
     answer = model.generate(tiny.video(6), PROMPT, max_new_tokens=LENGTH)
     assert len(answer.token_ids) == LENGTH
     assert answer.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_graph_gives_what_the_modules_give(family, shape):
+    """At lengths that no block divides, after rollbacks and commits, on storage that another request used before."""
+    model = load_pair(family)
+    parents = (-1, *(parent + 1 for parent in SHAPES[shape]))
+    tokens = torch.randint(0, 250, (len(parents),), generator=torch.Generator().manual_seed(0)).cuda()
+    for words, num_frames in ((3, 4), (40, 8), (3, 2)):
+        request = {"source": tiny.video(num_frames), "prompt": "red ball " * words, "max_new_tokens": 8}
+        fused, eager = (model.prefill(model.request(**request, eager=eager)) for eager in (False, True))
+        torch.testing.assert_close(fused.logits, eager.logits, rtol=0, atol=2e-3)
+        for rows in ([0], [0], list(range(min(3, len(parents)))) if shape == "chain" else [0]):
+            ours, theirs = (start.session.step(tokens, parents) for start in (fused, eager))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+            for start in (fused, eager):
+                start.session.keep(rows)
+        for start in (fused, eager):
+            start.session.rollback()
+        ours, theirs = (start.session.step(tokens, parents) for start in (fused, eager))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+        del fused, eager, start
+
+
+def test_the_second_request_captures_nothing(family):
+    model = load_pair(family)
+    settings = {"max_new_tokens": LENGTH, "keep_ratio": 0.5}
+    first = model.generate(tiny.video(8), PROMPT, **settings)
+    again = model.generate(tiny.video(4), "red ball " * 9, **settings)
+    assert first.seconds["capture"] > 0 == again.seconds["capture"]
+    eager = model.generate(tiny.video(4), "red ball " * 9, **settings, eager=True)
+    assert again.token_ids == eager.token_ids
+    assert eager.seconds["capture"] == 0
+
+
+def test_a_round_waits_for_the_gpu_once_and_allocates_nothing(family):
+    model = load_pair(family)
+    request = model.request(tiny.video(8), PROMPT, max_new_tokens=96, keep_ratio=0.5, ignore_eos=True)
+    rounds = model.decode(request, model.prefill(request))
+    for _ in range(3):
+        next(rounds)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            drafted = [len(next(rounds).draft.parents) for _ in range(4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert drafted == [25] * 4
+    assert len([found for found in caught if "synchroniz" in str(found.message)]) == 4
+    after = torch.cuda.memory_stats()
+    for name in ("num_device_alloc", "reserved_bytes.all.current"):
+        assert before[name] == after[name]
+
+
+def test_long_prompts_are_prefilled_in_chunks(family, monkeypatch):
+    model = load_pair(family)
+    whole = model.prefill(model.request(tiny.video(8), PROMPT))
+    monkeypatch.setattr("specvlm.session.PREFILL_ROWS", 17)
+    parts = model.prefill(model.request(tiny.video(8), PROMPT))
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=2e-3)
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=0, atol=1e-5)

@@ -26,13 +26,6 @@ def test_paths_may_come_in_any_order():
     assert tree.parse(("1", "0", "00")) == tree.parse("0,1,00")
 
 
-@pytest.mark.parametrize(("depth", "size"), [(0, 0), (1, 4), (2, 12), (5, 25), (9, 25)])
-def test_cut_keeps_the_shallow_nodes(depth, size):
-    cut = tree.parse("paper").cut(depth)
-    assert len(cut) == size
-    assert cut.depth == min(depth, 5)
-
-
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -54,8 +47,7 @@ def test_a_bad_tree_is_named(spec, words):
 
 def test_ancestors_see_their_own_path_only():
     # the fault of the authors' code: siblings at one-node levels saw each other
-    parents = torch.tensor([-1, -1, 0, 0, 2])
-    sees = tree.ancestors(parents)
+    sees = tree.ancestors((-1, -1, 0, 0, 2))
     assert sees.int().tolist() == [
         [1, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
@@ -64,3 +56,12 @@ def test_ancestors_see_their_own_path_only():
         [1, 0, 1, 0, 1],
     ]
     assert sees.sum(1).tolist() == [1, 1, 2, 2, 3]
+
+
+def test_rows_are_the_last_of_their_tree():
+    rows = tree.Rows.of((-1, 0, 1, 1, 2), 2, torch.device("cpu"))
+    assert rows.sees.int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 1, 0, 1]]
+    assert rows.depths.tolist() == [3, 4]
+    assert not rows.is_chain
+    assert tree.Rows.of((-1, 0, 1), 3, torch.device("cpu")).is_chain
+    assert not tree.Rows.of((-1, 0, 1), 2, torch.device("cpu")).is_chain

@@ -153,10 +153,6 @@ def test_no_child_of_zero_probability_is_drawn():
     assert sorted(drawn[1].tolist()) == [-1, 0, 2]
 
 
-def one_hot_logits(*tokens):
-    return torch.nn.functional.one_hot(torch.tensor(tokens), VOCAB).float()
-
-
 @pytest.mark.parametrize(
     ("choices", "nodes", "token_ids"),
     [
@@ -167,7 +163,7 @@ def one_hot_logits(*tokens):
     ],
 )
 def test_greedy_keeps_the_longest_path_that_agrees(choices, nodes, token_ids):
-    accepted = verify.accept_greedy(one_hot_logits(*choices), [0, 1, 2, 3], [-1, -1, 0, 0])
+    accepted = verify.accept_greedy(choices, [0, 1, 2, 3], [-1, -1, 0, 0])
     assert accepted == verify.Accepted(nodes, token_ids)
 
 
@@ -192,8 +188,9 @@ def test_the_distribution_is_that_of_transformers(settings, processors):
 
 def test_the_penalty_counts_each_rows_own_path():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    prompt, tokens, parents = [7, 7, 2], torch.tensor([4, 5, 6]), torch.tensor([-1, -1, 0])
-    seen = verify.seen_tokens(verify.seen_in(torch.tensor(prompt), 10), tokens, tree.ancestors(parents))
+    prompt, tokens = [7, 7, 2], torch.tensor([4, 5, 6])
+    paths = verify.path_pairs((-1, -1, 0), torch.device("cpu"))
+    seen = verify.seen_tokens(verify.seen_in(torch.tensor(prompt), 10), tokens, *paths)
     ours = verify.penalise(logits, seen, 1.5)
     theirs = RepetitionPenaltyLogitsProcessor(1.5)
     for row, path in enumerate([[], [4], [5], [4, 6]]):

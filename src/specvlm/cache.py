@@ -1,44 +1,55 @@
-"""The KV cache: fixed storage sized to the request, whose length is its whole state."""
+"""The KV cache: fixed storage, one tensor for all layers, whose length is its whole state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specvlm.errors import CapacityError
+from specvlm.upload import upload
 
 
 class KVCache:
-    """Keys and values of one sequence, one pair of [1, heads, capacity, head_dim] tensors a layer.
+    """Keys and values of one sequence.
 
-    transformers' attention modules call `update`; everything else belongs to the session that owns the cache. Rows
-    behind `length` are free space, so going back is setting a number.
+    Rows behind `length` are free space, so going back is setting a number. The Hugging Face modules call `update`;
+    the fused decoder writes into `storage` itself; everything else belongs to the session that owns the cache.
+
+    Args:
+        storage: [layers, 2, heads, capacity, head_dim], keys first.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, storage: Tensor) -> None:
+        self.storage = storage
         self.length = 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+        return self.storage.shape[3]
+
+    def reserve(self, count: int) -> None:
+        """Refuse rows that do not fit behind `length`.
+
+        Raises:
+            CapacityError: they do not.
+        """
+        if self.length + count > self.capacity:
+            raise CapacityError(f"{self.length + count} rows do not fit in a KV cache of {self.capacity}")
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store the new rows [1, heads, T, head_dim] behind `length`; return all rows up to and with them.
 
         The length moves only with `advance`, once every layer has stored its rows.
         """
+        self.reserve(keys.shape[2])
         end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise CapacityError(f"{end} rows do not fit in a KV cache of {self.capacity}")
-        if layer_idx == len(self._keys):
-            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            self._keys.append(torch.empty(shape, dtype=keys.dtype, device=keys.device))
-            self._values.append(torch.empty(shape, dtype=values.dtype, device=values.device))
-        self._keys[layer_idx][:, :, self.length : end] = keys
-        self._values[layer_idx][:, :, self.length : end] = values
-        return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]
+        stored = self.storage[layer_idx]
+        stored[0, :, self.length : end] = keys[0]
+        stored[1, :, self.length : end] = values[0]
+        return stored[:1, :, :end], stored[1:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of stored rows (transformers asks for it under this name)."""
@@ -58,7 +69,6 @@ class KVCache:
         """Keep of the rows behind `base` only `rows` (ascending, counted from base), moved together."""
         count = len(rows)
         if list(rows) != list(range(count)):  # else they already stand where they belong
-            source = torch.tensor(rows, device=self._keys[0].device) + base
-            for stored in (*self._keys, *self._values):
-                stored[:, :, base : base + count] = stored[:, :, source]
+            source = upload([base + row for row in rows], self.storage.device)
+            self.storage[:, :, :, base : base + count] = self.storage.index_select(3, source)
         self.length = base + count

@@ -41,6 +41,7 @@ STAGES = {
     "prefill": "prefilling the target",
     "prune": "pruning",
     "draft_prefill": "prefilling the draft",
+    "capture": "capturing CUDA graphs, once",
     "decode": "decoding",
 }
 
@@ -199,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, text, "video", "prune")
     inspect.add_argument("-o", "--output", metavar="FILE.png", type=_png, required=True, help="the picture to write")
     bench = commands.add_parser("bench", help="measure", description="Measurements, one a question.")
-    _add_acceptance(bench.add_subparsers(metavar="QUESTION", dest="question", required=True))
+    questions = bench.add_subparsers(metavar="QUESTION", dest="question", required=True)
+    _add_acceptance(questions)
+    _add_speed(questions)
     return parser
 
 
@@ -220,6 +223,41 @@ def _add_acceptance(questions: Any) -> None:
     _add_settings(parser, PARTS["video"])
     group = parser.add_argument_group("How long the answers are")
     _add_setting(group, next(part for part in fields(PARTS["sampling"]) if part.name == "max_new_tokens"), int)
+
+
+def _add_speed(questions: Any) -> None:
+    text = "time decoding, its single steps beside the memory-bandwidth floor, and other engines on the same models"
+    parser = questions.add_parser("speed", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=_bench_speed)
+    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+    text = "planted pairs, full-size models with random weights whose text is known [default: every family's]"
+    parser.add_argument("--pairs", metavar="A,B", help=text)
+    parser.add_argument("--tiny", action="store_true", help="shrink the planted models: a check, no measurement")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the planted weights [default: 0]")
+    group = parser.add_argument_group("Real checkpoints instead of planted pairs")
+    group.add_argument("--target", metavar="TARGET", help="Hugging Face directory or hub id")
+    group.add_argument("--draft", metavar="DRAFT", help="the same for the draft")
+    group = parser.add_argument_group("What is measured")
+    group.add_argument("--visual-tokens", metavar="N,N", default="16384", help="[default: %(default)s]")
+    group.add_argument("--keep-ratios", metavar="X,Y", default="0.1", help="[default: %(default)s]")
+    group.add_argument("--methods", metavar="A,B", help="[default: all]")
+    help = "drafted trees; the chain method takes the chains, the tree method the others [default: paper chain:5]"
+    group.add_argument("--trees", metavar="TREE", nargs="+", help=help, default=argparse.SUPPRESS)
+    help = "tokens of an answer [default: 256]"
+    group.add_argument("--tokens", dest="num_tokens", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
+    help = "counted answers of each method [default: 5]"
+    group.add_argument("--repeats", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
+    help = "counted prefills, and answers of other engines [default: 2]"
+    group.add_argument("--slow-repeats", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [default: auto]")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [default: auto]")
+    help = "interpreter that has vLLM [default: this one]"
+    group.add_argument("--vllm-python", metavar="PYTHON", default=sys.executable, help=help)
+    group = parser.add_argument_group("Results")
+    group.add_argument("--out", metavar="FILE.jsonl", help="write a line per measurement as it comes")
+    group.add_argument("--plots", metavar="DIR", help="draw PNG files there; needs specvlm[bench]")
+    help = "measure nothing: take the lines of an earlier run, for table and plots"
+    group.add_argument("--from", dest="lines", metavar="FILE.jsonl", nargs="+", help=help)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -313,8 +351,7 @@ def _load(args: argparse.Namespace, status: Status) -> SpecVLM:
 
     if is_plain or args.command == "inspect":
         options.setdefault("target", bundled("target"))
-    status.show(f"loading {options.get('target', 'the bundled pair')}...")
-    return SpecVLM.from_pretrained(**options, **args.settings)
+    return SpecVLM.from_pretrained(**options, **args.settings, watch=status.show)
 
 
 def _source(args: argparse.Namespace) -> str | bytes:
@@ -436,6 +473,57 @@ def _bench_acceptance(args: argparse.Namespace, status: Status) -> int:
 
     results = acceptance.record(watched(), args.out, args.page)
     return 0 if all(result.is_identical for result in results) else 1
+
+
+def _bench_speed(args: argparse.Namespace, status: Status) -> int:
+    if args.target and args.pairs:
+        raise ConfigError(f"pairs={args.pairs!r} is not allowed beside --target: leave one of them out")
+    if bool(args.target) != bool(args.draft):
+        raise ConfigError("bench speed needs a target and a draft: give both --target and --draft, or neither")
+    from specvlm.bench import plots, summary
+
+    if args.plots:
+        plots.check()  # before anything is measured
+    lines: list[summary.Line] = []
+    try:
+        lines.extend(summary.read(args.lines) if args.lines else _speed_lines(args, status))
+    finally:  # what was measured is shown, also where the run was interrupted
+        status.clear()
+        if lines:
+            print(summary.table(lines), end="")
+    if args.plots:
+        plots.draw(lines, args.plots)
+    return 0 if all(line.get("error") is None and line.get("follows_plant") is not False for line in lines) else 1
+
+
+def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str, Any]]:
+    """Measure what the options say."""
+    optional = ("num_tokens", "repeats", "slow_repeats", "trees")
+    given: dict[str, Any] = {name: getattr(args, name) for name in optional if hasattr(args, name)}
+    given |= {"trees": tuple(given["trees"])} if "trees" in given else {}
+    given |= {"methods": tuple(args.methods.split(","))} if args.methods else {}
+    counts, ratios = (_numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
+    from specvlm.bench import published, runner, speed, subjects
+    from specvlm.model import resolve_device, resolve_dtype
+
+    sweep = speed.Sweep(counts, ratios, **given)
+    if args.target:
+        sources: list[subjects.Source] = [subjects.CheckpointSource(args.target, args.draft)]
+    else:
+        names = (args.pairs or published.DEFAULT_PAIRS).split(",")
+        sources = [subjects.PlantedSource.of(name, is_tiny=args.tiny, seed=args.seed) for name in names]
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    records = runner.run(sources, sweep, device, dtype, watch=status.show, vllm_python=args.vllm_python)
+    return runner.write(records, args.out)
+
+
+def _numbers(args: argparse.Namespace, name: str, kind: type[Any]) -> tuple[Any, ...]:
+    text = getattr(args, name)
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not allowed: write numbers, with commas between them") from error
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:

@@ -165,6 +165,18 @@ class DraftConfig:
 
 
 @dataclass(frozen=True)
+class RunConfig:
+    """How passes are computed; the words do not depend on it."""
+
+    eager: bool = _setting(
+        False, "run the Hugging Face modules as they are: no fused kernels, no CUDA graphs (the slow reference)"
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All that is in force for one request."""
 
@@ -172,6 +184,7 @@ class EngineConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def replace(self, **settings: Any) -> EngineConfig:
         """Return a config with these settings changed, by their flat names (`keep_ratio=0.2, seed=1`).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +14,8 @@ from specvlm.config import DraftConfig, SamplingConfig
 from specvlm.errors import ConfigError
 from specvlm.families import Inputs, Prompt
 from specvlm.model import VideoLM
+from specvlm.report import Seconds
+from specvlm.upload import staged, upload
 from specvlm.verify import Accepted, Draft
 
 
@@ -27,6 +29,8 @@ class Context:
     keep: Tensor  # [K] int64, ascending indices of the kept visual tokens
     sampling: SamplingConfig
     dice: verify.Dice
+    eager: bool = False  # run the Hugging Face modules as they are
+    seconds: Seconds = field(default_factory=Seconds)  # of the request
 
 
 class Drafter(Protocol):
@@ -42,7 +46,12 @@ class Drafter(Protocol):
         ...
 
     def propose(self, token: int, budget: int) -> Draft:
-        """Draft at most `budget` tokens deep after the known text, whose newest token is `token`."""
+        """Draft after the known text, whose newest token is `token`.
+
+        Args:
+            token: the last known token.
+            budget: how many tokens may still be accepted; what lies deeper is wasted. At 0 nothing is drafted.
+        """
         ...
 
     def commit(self, accepted: Accepted) -> None:
@@ -106,41 +115,59 @@ class NoDrafter:
 
 @dataclass(frozen=True)
 class _Level:
-    """One depth of a static tree: how its nodes come out of the rows that were just run, and which of them run next."""
+    """One depth of a static tree: how its nodes come out of the rows that were just run, and which of them run next.
 
-    nodes: slice  # the nodes of this depth
-    slots: list[int]  # of each node: its parent's place among the rows just run
-    ranks: list[int]  # of each node: which of its parent's candidates it is
-    inner: list[int]  # nodes of this depth that have children
-    inner_parents: list[int]  # of each inner node: its parent's tree row, -1 for the known text
+    The tensors lie on the draft's device.
+    """
+
+    choices: Tensor  # [n] int64, of each node: its place among the rows' candidates, flattened
+    num_choices: int  # candidates a row
+    inner: Tensor  # [r] int64, places within this depth of the nodes that have children
+    parents: tuple[int, ...]  # of each inner node: its parent among the rows of the round
+    paths: tuple[Tensor, Tensor]  # rows [P] and nodes [P]: drafted tokens on the paths of the rows just run
 
 
-def _levels(topology: tree.Tree) -> list[_Level]:
-    has_children, levels = set(topology.parents), []
-    rows = {-1: -1}  # node -> tree row, in the order of running
+# Every round begins with the last two known tokens. The older one was often run before (it is not where a leaf was
+# accepted), but running it again costs nothing beside reading the weights, and the round keeps one shape.
+_HEAD = (-1, 0)
+
+
+def _levels(topology: tree.Tree, device: torch.device) -> list[_Level]:
+    inner_nodes, levels = set(topology.parents), []
+    sees = tree.ancestors(topology.parents)
+    row_of = {-1: 1}  # node -> row of the round; the root is the second of the head
     running, begin = [-1], 0
     for depth in range(1, topology.depth + 1):
-        end = begin + topology.depths.count(depth)
-        nodes = range(begin, end)
-        inner = [node for node in nodes if node in has_children]
+        nodes = range(begin, begin + topology.depths.count(depth))
+        count = 1 + max(topology.ranks[node] for node in nodes)
+        inner = [node for node in nodes if node in inner_nodes]
+        paths = [(row, int(a)) for row, node in enumerate(running) if node >= 0 for a in sees[node].nonzero()]
         levels.append(
             _Level(
-                slice(begin, end),
-                [running.index(topology.parents[node]) for node in nodes],
-                [topology.ranks[node] for node in nodes],
-                inner,
-                [rows[topology.parents[node]] for node in inner],
+                upload([running.index(topology.parents[n]) * count + topology.ranks[n] for n in nodes], device),
+                count,
+                upload([node - begin for node in inner], device),
+                tuple(row_of[topology.parents[node]] for node in inner),
+                (upload([row for row, _ in paths], device), upload([node for _, node in paths], device)),
             )
         )
         for node in inner:
-            rows[node] = len(rows) - 1
-        running, begin = inner, end
+            row_of[node] = len(row_of) + 1
+        running, begin = inner, nodes.stop
     return levels
+
+
+Forward = Callable[[Tensor, tuple[int, ...]], Tensor]  # tokens [N], their parents -> logits [N, vocab]
+Choose = Callable[[Tensor, _Level], Tensor]  # logits [R, vocab] of the rows just run -> candidates [R, num_choices]
 
 
 @drafter("model")
 class ModelDrafter:
-    """A smaller model of the family that sees the kept visual tokens and all text (SpecVLM, section 3)."""
+    """A smaller model of the family that sees the kept visual tokens and all text (SpecVLM, section 3).
+
+    A greedy round (all depths of the tree) is one function of fixed shape that waits for nothing, so that a GPU runs it
+    as one CUDA graph.
+    """
 
     prunes = True
 
@@ -150,91 +177,121 @@ class ModelDrafter:
         self._model = model
         self.device = model.device
         self._tree = tree.parse(config.tree)
-        self._plans: dict[int, list[_Level]] = {}
 
     def begin(self, context: Context) -> None:
-        """Encode, prune and prefill the prompt on the draft."""
+        """Encode, prune and prefill the prompt on the draft; capture the round."""
         model, self._sampling, self._dice = self._model, context.sampling, context.dice
         same = model is context.target
         prompt = context.prompt if same else model.encode(context.inputs)
         self._vocab_size = context.target.vocab_size
         self._shared = min(model.vocab_size, self._vocab_size)
-        self._seen = verify.seen_in(prompt.input_ids, model.vocab_size)
         pruned = prompt.select(context.keep.to(model.device))
-        rows = context.sampling.max_new_tokens + len(self._tree) + 1
-        self._session, _, _ = model.start(pruned, rows)
-        self._pending: list[int] = []  # known tokens that the draft has not run yet
+        room = context.sampling.max_new_tokens + len(self._tree) + len(_HEAD)
+        self._session, _, _ = model.start(pruned, room, eager=context.eager)
+        self._session.rollback(len(pruned) - 1)
+        self._pending = pruned.input_ids[-1:].tolist()  # known tokens that the cache does not hold yet
+        workspace, seen = self._session.workspace, verify.seen_in(prompt.input_ids, model.vocab_size)
+        self._seen: Tensor = workspace.own("seen", lambda: torch.empty_like(seen)).copy_(seen)
+        self._levels: list[_Level] = workspace.own(self._tree, lambda: _levels(self._tree, self.device))
+        self._key = ("round", self._tree, self._shared, self._sampling.penalty)
+        if self._session.is_captured and self._sampling.temperature == 0 and not workspace.has(self._key):
+            with context.seconds.stage("capture", self.device):
+                self._greedy()
 
+    @torch.inference_mode()
     def propose(self, token: int, budget: int) -> Draft:
-        """Draft the static tree, cut to the budget, one pass a level."""
+        """Draft the static tree, one pass a level."""
         self._pending.append(token)
-        topology = self._tree.cut(min(budget, self._tree.depth))
-        if not len(topology):
+        self._see([token])
+        self._drafted: Tensor | None = None
+        if budget == 0:
             return Draft.empty()
-        logits = self._catch_up()
-        device, size = self._model.device, len(topology)
-        tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        probs = torch.zeros(size + 1, self._vocab_size, device=device) if self._sampling.temperature else None
-        running, self._run = [-1], []
-        for level in self._plan(topology):
-            logits = self._penalised(logits, tokens, topology, running)
-            candidates = self._candidates(logits, running, max(level.ranks) + 1, probs)
-            tokens[level.nodes] = candidates[level.slots, level.ranks]
-            if not level.inner:
-                break
-            logits = self._step(tokens[level.inner].clamp_min(0), level.inner_parents)
-            running = level.inner
-            self._run += running
-        self._tokens, draft = tokens, Draft(tokens, topology.parents, probs)
-        self._nodes = list(range(size))
-        return draft if probs is None else self._without_missing(draft)
+        self._catch_up()
+        self._session.workspace.tokens[: len(_HEAD)].copy_(staged(self._pending, self.device), non_blocking=True)
+        if self._sampling.temperature > 0:
+            return self._sampled()
+        self._drafted = self._greedy().clone()
+        self._nodes = list(range(len(self._tree)))
+        return Draft(self._drafted, self._tree.parents)
 
     def commit(self, accepted: Accepted) -> None:
-        """Keep the rows of the accepted path; a leaf was never run and is caught up in the next round."""
+        """Keep the rows of the accepted path but its last token, which opens the next round."""
+        if self._drafted is None:
+            return
         nodes = [self._nodes[node] for node in accepted.nodes]
-        rows = [self._run.index(node) for node in nodes if node in self._run]
-        self._session.keep(rows)
-        if nodes:
-            self._pending += self._tokens[nodes[len(rows) :]].tolist()
-            self._see(self._tokens[nodes])
+        self._session.keep([0, *(self._row_of(node) for node in [-1, *nodes][:-1])])
+        self._pending = [accepted.token_ids[len(nodes) - 1] if nodes else self._pending[-1]]
+        self._see(accepted.token_ids[: len(nodes)])
 
-    def _catch_up(self) -> Tensor:
-        """Run the pending tokens; return the logits [1, vocab] after them."""
-        tokens = torch.tensor(self._pending, device=self._model.device)
-        self._see(tokens)
-        logits = self._step(tokens, range(-1, len(self._pending) - 1))
-        self._session.keep(range(len(self._pending)))
-        self._pending = []
-        return logits[-1:]
+    def _row_of(self, node: int) -> int:
+        """Return the row of the round at which a node that has children was run."""
+        inner = sorted(set(self._tree.parents))  # -1, the root, comes first: the second row of the head
+        return 1 + inner.index(node)
 
-    def _see(self, tokens: Tensor) -> None:
+    def _catch_up(self) -> None:
+        """Run the known tokens before the last two, where the rounds before drafted nothing."""
+        older = self._pending[: -len(_HEAD)]
+        if older:
+            self._session.step(upload(older, self.device), range(-1, len(older) - 1))
+            self._session.keep(range(len(older)))
+        self._pending = self._pending[-len(_HEAD) :]
+
+    def _see(self, tokens: Sequence[int]) -> None:
         if self._sampling.penalty != 1:
-            self._seen[tokens.clamp_max(self._model.vocab_size - 1)] = True
+            self._seen[upload(tokens, self.device).clamp_max(self._model.vocab_size - 1)] = True
 
-    def _step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
-        # the target's padding rows have no embedding in a draft with fewer of them; such a token costs acceptance only
-        return self._session.step(tokens.clamp_max(self._model.vocab_size - 1), list(parents))[:, : self._shared]
+    @torch.inference_mode()
+    def _greedy(self) -> Tensor:
+        """Return the drafted tokens [N], each the best, second best... continuation of its parent."""
 
-    def _plan(self, topology: tree.Tree) -> list[_Level]:
-        if topology.depth not in self._plans:
-            self._plans[topology.depth] = _levels(topology)
-        return self._plans[topology.depth]
+        def round_() -> Tensor:
+            parents: tuple[int, ...] = ()
 
-    def _penalised(self, logits: Tensor, tokens: Tensor, topology: tree.Tree, running: list[int]) -> Tensor:
+            def forward(tokens: Tensor, new: tuple[int, ...]) -> Tensor:
+                nonlocal parents
+                parents += new
+                return self._session.forward(tokens, self._model.rows(parents, len(new)))
+
+            return self._grow(forward, lambda logits, level: logits.topk(level.num_choices).indices)
+
+        return self._session.run(self._key, round_)
+
+    def _sampled(self) -> Draft:
+        """Draw each node's children without replacement."""
+        device, rows_run, node = self.device, [0], 0
+        probs = torch.zeros(len(self._tree) + 1, self._vocab_size, device=device)
+
+        def draw(logits: Tensor, level: _Level) -> Tensor:
+            nonlocal rows_run, node
+            found = verify.logits_to_probs(logits, self._sampling)
+            probs[upload(rows_run, device), : self._shared] = found
+            rows_run = [node + 1 + place for place in level.inner.tolist()]
+            node += level.choices.shape[0]
+            return self._dice.draw_children(found, level.num_choices)
+
+        self._drafted = self._grow(self._session.step, draw)
+        return self._without_missing(Draft(self._drafted, self._tree.parents, probs))
+
+    def _grow(self, forward: Forward, choose: Choose) -> Tensor:
+        """Run the head and then the tree level by level; return the tokens [N] of all nodes, breadth-first."""
+        known = self._model.vocab_size - 1  # the target's padding rows have no embedding in a draft with fewer of them
+        logits = forward(self._session.workspace.tokens[: len(_HEAD)].clamp_max(known).clone(), _HEAD)[-1:]
+        tokens = logits.new_empty(0, dtype=torch.int64)
+        for level in self._levels:
+            logits = self._penalised(logits[:, : self._shared], tokens, level)
+            nodes = choose(logits, level).flatten()[level.choices]
+            tokens = torch.cat([tokens, nodes])
+            if level.parents:
+                logits = forward(nodes[level.inner].clamp(0, known), level.parents)
+        return tokens
+
+    def _penalised(self, logits: Tensor, tokens: Tensor, level: _Level) -> Tensor:
         if self._sampling.penalty == 1:
             return logits
-        sees = tree.ancestors(torch.tensor(topology.parents, device=logits.device))
-        rows = torch.tensor(running, device=logits.device) + 1
-        seen = verify.seen_tokens(self._seen, tokens, sees)[rows, : self._shared]
-        return verify.penalise(logits, seen, self._sampling.penalty)
-
-    def _candidates(self, logits: Tensor, running: list[int], count: int, probs: Tensor | None) -> Tensor:
-        """Return each row's `count` candidates [rows, count]: the best when greedy, else drawn without replacement."""
-        if probs is None:
-            return logits.topk(count).indices
-        rows = verify.logits_to_probs(logits, self._sampling)
-        probs[torch.tensor(running, device=probs.device) + 1, : self._shared] = rows
-        return self._dice.draw_children(rows, count)
+        rows, nodes = level.paths
+        seen = self._seen[: self._shared].repeat(logits.shape[0], 1)
+        seen[rows, tokens[nodes].clamp_max(self._shared - 1)] = True
+        return verify.penalise(logits.float(), seen, self._sampling.penalty)
 
     def _without_missing(self, draft: Draft) -> Draft:
         """Leave out nodes for which the draft's distribution had no token left, and all below them."""

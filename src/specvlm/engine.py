@@ -21,9 +21,11 @@ from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
 from specvlm.draft import Context
 from specvlm.errors import CapacityError, ConfigError
 from specvlm.families import Inputs, Message, Prompt, parts, source_of
-from specvlm.model import Session, VideoLM, check_pair
+from specvlm.model import VideoLM, check_pair
 from specvlm.report import Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
+from specvlm.session import Session
 from specvlm.text import Chunk, TextStream
+from specvlm.upload import upload
 
 DEFAULT_PROMPT = "Describe the video in detail."
 
@@ -95,6 +97,7 @@ class SpecVLM:
         device: str = "auto",
         draft_device: str | None = None,
         dtype: str = "auto",
+        watch: Callable[[str], None] = lambda text: None,
         **settings: Any,
     ) -> SpecVLM:
         """Load a pair.
@@ -105,6 +108,7 @@ class SpecVLM:
             device: "auto", "cpu", "cuda", "cuda:1", ...
             draft_device: the draft's; None is the target's.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+            watch: told now and then, in words, how far it is.
             **settings: any field of the configs, as in `EngineConfig.replace`.
 
         Raises:
@@ -116,12 +120,13 @@ class SpecVLM:
             raise ConfigError(f"draft_device={draft_device!r} is not allowed without a draft: name one")
         if target is None:
             target, draft = bundled("target"), draft or bundled("draft")
-        loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype)
+        loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype, watch=watch)
         if draft is None:
             return cls(loaded, None, config)
         if os.fspath(draft) == os.fspath(target) and draft_device in (None, device):
             return cls(loaded, loaded, config)
-        return cls(loaded, VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype), config)
+        small = VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype, watch=watch)
+        return cls(loaded, small, config)
 
     def request(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
         """Prepare a request: messages in the usual chat form, or a video source and a question.
@@ -180,9 +185,9 @@ class SpecVLM:
         with stage("prefill", target.device):
             if is_scored is None:
                 is_scored = drafting.kind(config.draft, self.draft).prunes and prune.needs_scores(config.prune)
-            rows = _score_rows(prompt, target, config) if is_scored else None
+            first = _first_score_row(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
-            session, logits, scores = target.start(prompt, room, rows)
+            session, logits, scores = target.start(prompt, room, score_from=first, eager=config.run.eager)
         return Prefilled(inputs, prompt, session, logits, scores)
 
     def decode(self, request: Request, start: Prefilled) -> Iterator[Round]:
@@ -190,10 +195,11 @@ class SpecVLM:
 
         Stop strings end a text, not its tokens: they are the business of `stream`.
         """
-        sampling, stage, device = request.config.sampling, request.seconds.stage, self.target.device
+        config, stage, device = request.config, request.seconds.stage, self.target.device
+        sampling, session = config.sampling, start.session
         dice = verify.Dice(sampling.seed)
         verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
-        ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(request.config.draft, self.draft)
+        ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(config.draft, self.draft)
 
         draft = verify.Draft.empty()
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
@@ -205,18 +211,25 @@ class SpecVLM:
             keep = torch.arange(start.prompt.num_visual, device=device)
             if drafter.prunes:
                 with stage("prune", device):
-                    keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
+                    keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
                 request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
             with stage("draft_prefill", device, drafter.device):
-                drafter.begin(Context(self.target, start.inputs, start.prompt, keep, sampling, dice))
+                drafter.begin(
+                    Context(
+                        self.target, start.inputs, start.prompt, keep, sampling, dice, config.run.eager, request.seconds
+                    )
+                )
         while latest.finish_reason is None:
-            with stage("decode", device):
+            with stage("decode"):
                 token = latest.token_ids[-1]
                 draft = drafter.propose(token, ending.left - 1)
-                tokens = torch.cat([torch.tensor([token], device=device), draft.tokens.to(device)])
-                logits = start.session.step(tokens, [-1, *(parent + 1 for parent in draft.parents)])
-                accepted = verifier.accept(logits, draft)
-                start.session.keep([0, *(node + 1 for node in accepted.nodes)])
+                tokens = torch.cat([upload([token], device), draft.tokens.to(device)])
+                parents = (-1, *(parent + 1 for parent in draft.parents))
+                if not session.is_ready(parents):
+                    with stage("capture", device):
+                        session.capture(parents)
+                accepted = verifier.accept(session.step(tokens, parents), draft)
+                session.keep((0, *(node + 1 for node in accepted.nodes)))
                 drafter.commit(accepted)
             latest = ending.cut(draft, accepted)
             request.speculation.add(len(draft.parents), latest.num_accepted)
@@ -329,14 +342,14 @@ def _checked(config: EngineConfig) -> EngineConfig:
     return config
 
 
-def _score_rows(prompt: Prompt, target: VideoLM, config: EngineConfig) -> Tensor | None:
-    """Return the text rows whose attention scores the visual tokens, all of them behind the last visual token."""
+def _first_score_row(prompt: Prompt, target: VideoLM, config: EngineConfig) -> int | None:
+    """Return the first text row whose attention scores the visual tokens, behind the last of them."""
     if not prompt.num_visual:
         return None
     first = int(prompt.visual_index[-1]) + 1
     if config.prune.score_rows == "last_turn":
         first = max(first, target.family.last_turn(prompt.input_ids))
-    return torch.arange(first, len(prompt), device=prompt.input_ids.device)
+    return first
 
 
 def bundled(name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 from transformers.utils import logging as hf_logging
 
 from specvlm import attention, tree
-from specvlm.cache import KVCache
+from specvlm.decoder import Decoder, is_supported
 from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
 from specvlm.families import Family, Inputs, Prompt, family_for
+from specvlm.graphs import Workspaces
+from specvlm.session import FusedSession, HFSession, Session
 
 
 class VideoLM:
@@ -37,19 +41,33 @@ class VideoLM:
         self.device: torch.device = hf.lm_head.weight.device
         self.vocab_size: int = hf.lm_head.weight.shape[0]
         self.context_len: int = text.max_position_embeddings
+        language_model = hf.model.language_model
+        self.decoder = Decoder(language_model) if is_supported(language_model) else None
+        shape = (text.num_hidden_layers, text.num_key_value_heads, _head_dim(text))
+        self.workspaces = Workspaces(shape, hf.lm_head.weight.dtype, self.device)
+        self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
         self.eos_ids = _eos_ids(hf, self.tokenizer)
         self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)  # what generate() would apply
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> VideoLM:
-        """Load a Hugging Face directory or hub id.
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        watch: Callable[[str], None] = lambda text: None,
+    ) -> VideoLM:
+        """Load a Hugging Face directory or hub id, its weights straight to their device.
 
         Args:
             name: directory or hub id.
             device: "auto" is cuda where there is one, else cpu.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU, or float32, bfloat16, float16.
+            watch: told now and then, in words, how far it is.
 
         Raises:
+            CapacityError: it does not fit.
             UnsupportedModel: the checkpoint cannot be found, read or served.
             ConfigError: device or dtype is not allowed.
         """
@@ -59,14 +77,14 @@ class VideoLM:
         family_type = family_for(_model_type(name))
         directory = _directory(name)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        placed = {} if place.type == "cpu" else {"device_map": {"": place}}
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            hf: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=number)
+            with _progress(name, directory, place, watch):
+                hf: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=number, **placed)
+            return cls(hf, family_type(directory, hf.config, tokenizer), name=name)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"cannot load {name}: {_first_line(error)}") from error
-        family = family_type(directory, hf.config, tokenizer)
-        try:
-            return cls(hf.to(place), family, name=name)
         except torch.OutOfMemoryError as error:
             raise CapacityError(f"{name} does not fit on {place}: {_first_line(error)}") from error
 
@@ -77,7 +95,7 @@ class VideoLM:
 
     @torch.inference_mode()
     def start(
-        self, prompt: Prompt, max_new_rows: int, score_rows: Tensor | None = None
+        self, prompt: Prompt, max_new_rows: int, *, score_from: int | None = None, eager: bool = False
     ) -> tuple[Session, Tensor, Tensor]:
         """Prefill a prompt and score its visual tokens on the way (SpecVLM, section 3.2).
 
@@ -87,29 +105,25 @@ class VideoLM:
         Args:
             prompt: S tokens of which V are visual.
             max_new_rows: room for new tokens and one tree, in rows.
-            score_rows: [R] int64 places in the prompt whose attention scores the visual tokens; None scores nothing.
+            score_from: the first text row whose attention scores the visual tokens, behind the last of them; None
+                scores nothing.
+            eager: run the Hugging Face modules as they are, here and in the session's steps.
 
         Returns:
             The session, the logits [vocab] after the prompt, and the scores [V] float32 (zeros where none were asked).
         """
-        session = Session(self, prompt, len(prompt) + max_new_rows)
-        if score_rows is None:
-            return (
-                session,
-                session.prefill(prompt, attention.Plan()),
-                torch.zeros(prompt.num_visual, device=self.device),
-            )
-        scores = attention.Scores(prompt.visual_index, score_rows)
-        return session, session.prefill(prompt, attention.Plan(scores=scores)), scores.mean
+        kind = HFSession if eager or self.decoder is None else FusedSession
+        session = kind(self, prompt, len(prompt) + max_new_rows)
+        if score_from is None:
+            return session, session.prefill(prompt, None), torch.zeros(prompt.num_visual, device=self.device)
+        scores = attention.Scores(prompt.visual_index, score_from)
+        return session, session.prefill(prompt, scores), scores.mean
 
-    def forward(self, embeds: Tensor, positions: Tensor, cache: KVCache, plan: attention.Plan, **extras: Any) -> Tensor:
-        """Run the language model over new rows [1, T, D]; return its hidden states [T, D] and store the rows."""
-        out = self.hf.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, plan=plan, **extras
-        )
-        cache.advance(embeds.shape[1])
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+    def rows(self, parents: tuple[int, ...], count: int) -> tree.Rows:
+        """Return what the last `count` rows of a tree see, made once a shape."""
+        if (parents, count) not in self._rows:
+            self._rows[parents, count] = tree.Rows.of(parents, count, self.device)
+        return self._rows[parents, count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] float32 of hidden states [..., D]."""
@@ -129,64 +143,6 @@ class VideoLM:
         """Return the embeddings [1, N, D] of text tokens [N]."""
         embeds: Tensor = self.hf.get_input_embeddings()(tokens[None])
         return embeds
-
-
-class Session:
-    """One request on one model: its KV cache, where its next token stands, and the tree behind the known rows."""
-
-    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
-        self.model = model
-        self.cache = KVCache(capacity)
-        self.length = 0  # rows of the prompt and of the text; rows of the cache behind them belong to the tree
-        self.position = prompt.next_position
-        self._prompt_len = len(prompt)
-        self._is_3d = prompt.positions.dim() == 3
-        self._parents: list[int] = []  # of the tree rows
-
-    def prefill(self, prompt: Prompt, plan: attention.Plan) -> Tensor:
-        """Store the rows of the prompt; return the logits [vocab] after the last one."""
-        extras: dict[str, Any] = {}
-        if prompt.deepstack:
-            is_visual = torch.zeros(1, len(prompt), dtype=torch.bool, device=prompt.visual_index.device)
-            is_visual[0, prompt.visual_index] = True
-            extras = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(prompt.deepstack)}
-        hidden = self.model.forward(prompt.embeds, prompt.positions, self.cache, plan, **extras)
-        self.length = self.cache.length
-        return self.model.logits(hidden[-1])
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
-        """Run N tree rows in one pass; return their logits [N, vocab] float32.
-
-        Args:
-            tokens: [N] int64.
-            parents: of each row: a tree row (of this or an earlier step since the last `keep`), -1 for the known text.
-        """
-        before = len(self._parents)
-        self._parents += parents
-        device = self.model.device
-        sees = tree.ancestors(torch.tensor(self._parents))[before:]
-        positions = (self.position - 1 + sees.sum(1)).to(device)
-        shape = (3, 1, -1) if self._is_3d else (1, -1)
-        is_chain = before == 0 and list(parents) == list(range(-1, len(parents) - 1))
-        plan = attention.Plan(tree=None if is_chain else sees.to(device))
-        hidden = self.model.forward(self.model.embed(tokens), positions.expand(shape), self.cache, plan)
-        return self.model.logits(hidden)
-
-    def rollback(self) -> None:
-        """Go back to the end of the prompt."""
-        self.cache.rollback(self._prompt_len)
-        self.position -= self.length - self._prompt_len
-        self.length = self._prompt_len
-        self._parents = []
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        """Make the tree rows `rows` (one path, from the root down) part of the text; forget the other tree rows."""
-        self.cache.keep(self.length, rows)
-        self.length += len(rows)
-        self.position += len(rows)
-        self._parents = []
 
 
 def resolve_device(device: str) -> torch.device:
@@ -266,6 +222,30 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextmanager
+def _progress(name: str, directory: str, place: torch.device, watch: Callable[[str], None]) -> Iterator[None]:
+    """Tell `watch` how much of a checkpoint has arrived on a GPU, twice a second, while the block loads it."""
+    watch(f"loading {name}")
+    total = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) / 1e9
+    if place.type != "cuda" or not total:
+        yield
+        return
+    before, is_done = torch.cuda.memory_allocated(place), threading.Event()
+
+    def report() -> None:
+        while not is_done.wait(0.5):
+            there = (torch.cuda.memory_allocated(place) - before) / 1e9
+            watch(f"loading {name}: {min(there, total):.1f} of {total:.1f} GB")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
+
+
 def _directory(name: str) -> str:
     """Return the folder with a checkpoint's processor files; a hub id's are fetched or found in the cache."""
     if os.path.isdir(name):
@@ -288,6 +268,10 @@ def _model_type(name: str) -> str:
     if "model_type" not in config:
         raise UnsupportedModel(f"{name} has no config.json with a model_type: give a Hugging Face directory or hub id")
     return str(config["model_type"])
+
+
+def _head_dim(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _eos_ids(hf: Any, tokenizer: Any) -> frozenset[int]:

@@ -67,11 +67,15 @@ class Speculation:
         return 1 + self.mean_accepted_length
 
 
+_STAGES = ("read", "encode", "prefill", "prune", "draft_prefill", "capture", "decode")
+
+
 class Seconds:
-    """Wall time by stage, each measured to the end of the device's work."""
+    """Wall time by stage, without that of stages within it. "capture" makes CUDA graphs and compiles kernels, once."""
 
     def __init__(self) -> None:
-        self._stages = dict.fromkeys(("read", "encode", "prefill", "prune", "draft_prefill", "decode"), 0.0)
+        self._stages = dict.fromkeys(_STAGES, 0.0)
+        self._inner = 0.0  # seconds of the stages that ended within the current one
         self._begin = time.perf_counter()
         self.time_to_first_token = 0.0
         self.total = 0.0
@@ -79,14 +83,17 @@ class Seconds:
 
     @contextmanager
     def stage(self, name: str, *devices: torch.device) -> Iterator[None]:
-        """Add the time of the block to a stage."""
+        """Add the time of the block, to the end of the devices' work, to a stage."""
         self.on_stage(name)
-        begin = time.perf_counter()
+        begin, outer = time.perf_counter(), self._inner
+        self._inner = 0.0
         yield
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        self._stages[name] += time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
+        self._stages[name] += elapsed - self._inner
+        self._inner = outer + elapsed
 
     def __getitem__(self, name: str) -> float:
         return self._stages[name]

@@ -6,7 +6,7 @@ for children of the root; `ranks` says which of its parent's candidates a node i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,11 +48,6 @@ class Tree:
     def depth(self) -> int:
         """Depth of the deepest node, 0 for the empty tree."""
         return max(self.depths, default=0)
-
-    def cut(self, depth: int) -> Tree:
-        """Return the tree without the nodes deeper than `depth`."""
-        size = sum(d <= depth for d in self.depths)  # breadth-first: the shallow nodes are a prefix
-        return Tree(self.parents[:size], self.ranks[:size])
 
 
 def from_paths(paths: Iterable[str]) -> Tree:
@@ -103,18 +98,33 @@ def parse(spec: str | Iterable[str]) -> Tree:
     return from_paths(path.strip() for path in spec.split(","))
 
 
-def ancestors(parents: Tensor) -> Tensor:
+def ancestors(parents: Sequence[int]) -> Tensor:
     """Return which nodes each node sees of the tree: itself and its ancestors.
 
     Args:
-        parents: [N] int64, -1 for children of the root; a parent stands before its children.
+        parents: N indices, -1 for children of the root; a parent stands before its children.
 
     Returns:
         [N, N] bool; row i, column j: j is i or an ancestor of i. Its row sums are the depths.
     """
-    count = parents.shape[0]
-    sees = torch.eye(count, dtype=torch.bool, device=parents.device)
-    for node, parent in enumerate(parents.tolist()):
+    sees = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
         if parent >= 0:
             sees[node] |= sees[parent]
     return sees
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N new rows of a pass over a tree of M rows, of which they are the last."""
+
+    sees: Tensor  # [N, M] bool: what each new row sees of the tree
+    depths: Tensor  # [N] int32, 1 for children of the known text
+    is_chain: bool  # the new rows are all of the tree, each below the one before
+
+    @staticmethod
+    def of(parents: Sequence[int], count: int, device: torch.device) -> Rows:
+        """Return the last `count` rows of the tree with these parents."""
+        sees = ancestors(parents)[len(parents) - count :]
+        is_chain = list(parents) == list(range(-1, count - 1))
+        return Rows(sees.to(device), sees.sum(1, dtype=torch.int32).to(device), is_chain)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specvlm.config import SamplingConfig
 from specvlm.tree import ancestors
+from specvlm.upload import upload
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,31 @@ class Verifier:
         self._sampling = sampling
         self._seen = seen
         self._dice = dice
+        self._pairs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
-        tokens = draft.tokens.tolist()
+        device = logits.device
+        drafted = draft.tokens.to(device)
         if self._sampling.penalty != 1:
-            sees = ancestors(torch.tensor(draft.parents, dtype=torch.int64)).to(logits.device)
-            seen = seen_tokens(self._seen, draft.tokens.to(logits.device), sees)
-            logits = penalise(logits, seen, self._sampling.penalty)
+            logits = penalise(logits, seen_tokens(self._seen, drafted, *self._paths(draft)), self._sampling.penalty)
         if self._sampling.temperature == 0:
-            accepted = accept_greedy(logits, tokens, draft.parents)
+            fetched = torch.cat([logits.argmax(-1), drafted]).tolist()  # the round's one host synchronisation
+            count = logits.shape[0]
+            accepted = accept_greedy(fetched[:count], fetched[count:], draft.parents)
         else:
             target_probs = logits_to_probs(logits, self._sampling)
-            draft_probs = None if draft.probs is None else draft.probs.to(logits.device)
-            accepted = accept_sampled(target_probs, draft_probs, tokens, draft.parents, self._dice)
+            draft_probs = None if draft.probs is None else draft.probs.to(device)
+            accepted = accept_sampled(target_probs, draft_probs, drafted.tolist(), draft.parents, self._dice)
         if self._sampling.penalty != 1:
-            self._seen[list(accepted.token_ids)] = True
+            self._seen[upload(accepted.token_ids, device)] = True
         return accepted
+
+    def _paths(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Return `path_pairs` of the draft on the device, made once a shape."""
+        if draft.parents not in self._pairs:
+            self._pairs[draft.parents] = path_pairs(draft.parents, self._seen.device)
+        return self._pairs[draft.parents]
 
 
 def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:
@@ -116,21 +125,27 @@ def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:
     return seen
 
 
-def seen_tokens(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
+def path_pairs(parents: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (rows, nodes) [P] int64: node `nodes[i]` stands on the path of row `rows[i]`, row 0 being the root."""
+    node, ancestor = ancestors(parents).nonzero(as_tuple=True)
+    return (node + 1).to(device), ancestor.to(device)
+
+
+def seen_tokens(seen: Tensor, tokens: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
     """Return which tokens stand before each row's next one.
 
     Args:
         seen: [vocab] bool, tokens of the prompt and of the text up to and with the root.
         tokens: [N] int64, drafted nodes.
-        sees: [N, N] bool, node i sees node j (`tree.ancestors`).
+        rows: [P] int64, with `nodes` the paths (`path_pairs`).
+        nodes: [P] int64.
 
     Returns:
         [N + 1, vocab] bool; a row's own path counts, its siblings' tokens do not.
     """
-    rows = seen.repeat(tokens.shape[0] + 1, 1)
-    node, ancestor = sees.nonzero(as_tuple=True)
-    rows[node + 1, tokens[ancestor]] = True
-    return rows
+    found = seen.repeat(tokens.shape[0] + 1, 1)
+    found[rows, tokens[nodes]] = True
+    return found
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -167,15 +182,14 @@ def _children(parents: Sequence[int]) -> list[list[int]]:
     return children
 
 
-def accept_greedy(logits: Tensor, tokens: Sequence[int], parents: Sequence[int]) -> Accepted:
-    """Follow the target's argmax from the root as long as a drafted node agrees.
+def accept_greedy(choice: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Accepted:
+    """Follow the target's choice from the root as long as a drafted node agrees.
 
     Args:
-        logits: [N + 1, vocab], rows as above.
+        choice: the target's argmax after each of the N + 1 rows.
         tokens: N drafted tokens.
         parents: N parents, -1 for children of the root.
     """
-    choice = logits.argmax(-1).tolist()  # the round's one host synchronisation
     children, row = _children(parents), 0
     nodes: list[int] = []
     while (match := next((node for node in children[row] if tokens[node] == choice[row]), None)) is not None:

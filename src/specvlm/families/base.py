@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -102,6 +102,27 @@ class Prompt:
     def num_visual(self) -> int:
         """Number of prunable visual tokens, V."""
         return self.visual_index.shape[0]
+
+    def chunks(self, size: int) -> Iterator[Prompt]:
+        """Yield the prompt in equal parts of at most `size` tokens, for a prefill of bounded memory."""
+        num = -(-len(self) // size)
+        if num == 1:
+            yield self
+            return
+        bounds = [len(self) * part // num for part in range(num + 1)]
+        places = torch.tensor(bounds, device=self.visual_index.device)
+        visual = torch.searchsorted(self.visual_index, places).tolist()
+        for begin, end, first, last in zip(bounds, bounds[1:], visual, visual[1:], strict=False):
+            yield replace(
+                self,
+                input_ids=self.input_ids[begin:end],
+                embeds=self.embeds[:, begin:end],
+                positions=self.positions[..., begin:end],
+                visual_index=self.visual_index[first:last] - begin,
+                grid=self.grid[first:last],
+                visual_id=self.visual_id[first:last],
+                deepstack=tuple(features[first:last] for features in self.deepstack),
+            )
 
     def select(self, keep: Tensor) -> Prompt:
         """Return the prompt with only the visual tokens `keep` (ascending indices into V) and all other tokens.

@@ -1,0 +1,166 @@
+"""The decoder layers of a language model as few fused kernels, over the Hugging Face model's own weights.
+
+It serves every Llama-like decoder (RMSNorm, rotary embedding, optional bias of q/k/v, optional norm of q and k, gated
+SiLU MLP), which all families here have. q/k/v and gate/up become one product each: their weights are joined once, and
+the Hugging Face parameters become views of the joined ones, so both paths share the memory. The Hugging Face modules
+stay the reference (`eager`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specvlm.kernels.activation import silu_mul
+from specvlm.kernels.linear import linear
+from specvlm.kernels.norm import add_rms_norm
+from specvlm.kernels.rope import rope_and_store
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of one decoder layer."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(H + 2 H_kv) * d, D]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [d]
+    k_norm: Tensor | None
+    out: Tensor  # [D, H * d]
+    out_bias: Tensor | None
+    mlp_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 * I, D]
+    down: Tensor  # [D, I]
+
+
+class Decoder:
+    """The decoder layers and the final norm.
+
+    Args:
+        text: a Hugging Face language model for which `is_supported` holds. Its parameters are joined.
+    """
+
+    def __init__(self, text: Any) -> None:
+        self._rotary = text.rotary_emb
+        self._layers = [_layer(layer) for layer in text.layers]
+        self._final_norm: Tensor = text.norm.weight
+        self._eps = float(text.norm.variance_epsilon)
+        self.scaling = float(text.layers[0].self_attn.scaling)
+
+    def rotary(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [T, d] of the positions ([3, 1, T] for M-RoPE, else [1, T]), in the dtype of `embeds`."""
+        cos, sin = self._rotary(embeds, positions)
+        return cos[0], sin[0]
+
+    def __call__(
+        self,
+        embeds: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        storage: Tensor,
+        start: Tensor,
+        offset: int,
+        attend: Attend,
+        deepstack: Sequence[Tensor] = (),
+        visual_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Run T rows through all layers and store their keys and values.
+
+        Args:
+            embeds: [T, D], overwritten.
+            rotary: cos and sin [T, d].
+            storage: [layers, 2, H_kv, capacity, d].
+            start: [1] int32 on the device; the rows are stored from start + offset on.
+            offset: see start.
+            attend: attention of one layer.
+            deepstack: features [n, D] added to the rows `visual_rows` after the first layers, one a layer.
+            visual_rows: [n] int64.
+
+        Returns:
+            [T, D], normed.
+        """
+        eps = self._eps
+        normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            keys, values = storage[index].unbind(0)
+            query = rope_and_store(
+                linear(normed, layer.qkv, layer.qkv_bias),
+                *rotary,
+                keys,
+                values,
+                start,
+                offset,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=eps,
+            )
+            attended = linear(attend(query, keys, values).flatten(1), layer.out, layer.out_bias)
+            normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            added = linear(silu_mul(linear(normed, layer.gate_up)), layer.down)
+            if index < len(deepstack) and visual_rows is not None:
+                added.index_add_(0, visual_rows, deepstack[index].to(added.dtype))
+            is_last = index + 1 == len(self._layers)
+            norm = self._final_norm if is_last else self._layers[index + 1].input_norm
+            normed, residual = add_rms_norm(added, residual, norm, eps)
+        return normed
+
+
+def is_supported(text: Any) -> bool:
+    """Whether the layers of a Hugging Face language model are what the fused decoder computes."""
+    return all(_is_llama_like(layer) for layer in text.layers) and hasattr(text.norm, "variance_epsilon")
+
+
+def _is_llama_like(layer: Any) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+    linears += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    if not all(type(module) is nn.Linear for module in linears):
+        return False
+    if any(getattr(mlp, f"{name}_proj").bias is not None for name in ("gate", "up", "down")):
+        return False
+    act = getattr(mlp, "act_fn", None)
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    return {name for name, _ in layer.named_children()} == known and (
+        isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+    )
+
+
+def _layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, _ = _joined(mlp.gate_proj, mlp.up_proj)
+    q_norm, k_norm = (getattr(attention, f"{name}_norm", None) for name in "qk")
+    return _Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=None if q_norm is None else q_norm.weight,
+        k_norm=None if k_norm is None else k_norm.weight,
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=gate_up,
+        down=mlp.down_proj.weight,
+    )
+
+
+@torch.no_grad()
+def _joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Join the weights, and the biases, of linear layers that read the same rows; the layers keep views of them."""
+    weight = torch.cat([module.weight for module in linears])
+    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
+    begin = 0
+    for module in linears:
+        end = begin + module.out_features
+        module.weight = nn.Parameter(weight[begin:end], requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias[begin:end], requires_grad=False)
+        begin = end
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # else the freed halves pile up to a second copy of the model
+    return weight, bias

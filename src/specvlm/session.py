@@ -1,0 +1,203 @@
+"""One request on one model: prefill in chunks, tree steps, and what of them stays."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specvlm import attention, tree
+from specvlm.cache import KVCache
+from specvlm.decoder import Decoder
+from specvlm.families import Prompt
+from specvlm.kernels.linear import linear
+from specvlm.kernels.tree_attention import tree_attention
+from specvlm.upload import upload
+
+if TYPE_CHECKING:
+    from specvlm.model import VideoLM
+
+PREFILL_ROWS = 17 << 10  # rows of one chunk of a prefill: enough for full speed, few enough for its activations
+
+
+class Session(ABC):
+    """One request on one model: its KV cache, where its next token stands, and the tree behind the known rows."""
+
+    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
+        self.model = model
+        self.workspace = model.workspaces.lease(capacity)
+        weakref.finalize(self, model.workspaces.release, self.workspace)
+        self.cache = KVCache(self.workspace.storage)
+        self.length = 0  # rows of the prompt and of the text; rows of the cache behind them belong to the tree
+        self.position = prompt.next_position
+        self._prompt_len = len(prompt)
+        self._is_3d = prompt.positions.dim() == 3
+        self._parents: tuple[int, ...] = ()  # of the tree rows
+
+    @abstractmethod
+    def _prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
+        """Store the rows of a part of the prompt; return the hidden states [D] of the last one."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+        """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab].
+
+        It reads where the known text ends from `workspace.state`, or from the host, and changes neither.
+        """
+
+    @abstractmethod
+    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function that calls `forward`, reads `workspace.tokens` and waits for nothing, as fast as can be."""
+
+    def prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
+        """Store the rows of the prompt, in chunks of bounded size; return the logits [vocab] after the last one."""
+        self.cache.reserve(len(prompt))
+        for part in prompt.chunks(PREFILL_ROWS):
+            hidden = self._prefill(part, scores)
+            self.cache.advance(len(part))
+        self.length = self.cache.length
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """Run N tree rows in one pass; return their logits [N, vocab] float32.
+
+        Args:
+            tokens: [N] int64.
+            parents: of each row: a tree row (of this or an earlier step since the last `keep`), -1 for the known text.
+        """
+        count = tokens.shape[0]
+        self._parents += tuple(parents)
+        rows = self.model.rows(self._parents, count)
+        self.cache.reserve(count)
+        self.workspace.tokens[:count].copy_(tokens, non_blocking=True)
+        logits = self.run(
+            ("step", self._parents, count), lambda: self.forward(self.workspace.tokens[:count], rows)
+        ).float()
+        self.cache.advance(count)
+        return logits
+
+    def is_ready(self, parents: tuple[int, ...]) -> bool:
+        """Whether a step of this shape is as fast as it will be."""
+        return not self.is_captured or self.workspace.has(("step", self._parents + parents, len(parents)))
+
+    def capture(self, parents: tuple[int, ...]) -> None:
+        """Make ready for steps of this shape."""
+        self.step(self.workspace.tokens[: len(parents)].clone(), parents)
+        self.keep(())
+
+    @property
+    @abstractmethod
+    def is_captured(self) -> bool:
+        """Whether `run` replays CUDA graphs."""
+
+    def positions(self, first: int | Tensor, rows: tree.Rows) -> Tensor:
+        """Return the positions of tree rows, [3, 1, N] for M-RoPE, else [1, N]; `first` is that of the root's."""
+        shape = (3, 1, -1) if self._is_3d else (1, -1)
+        return (first - 1 + rows.depths).expand(shape)
+
+    def rollback(self, length: int | None = None) -> None:
+        """Go back to a number of rows, by default to the end of the prompt."""
+        length = self._prompt_len if length is None else length
+        self.cache.rollback(length)
+        self.position -= self.length - length
+        self.length = length
+        self._parents = ()
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make the tree rows `rows` (one path, from the root down) part of the text; forget the other tree rows."""
+        self.cache.keep(self.length, rows)
+        self.length += len(rows)
+        self.position += len(rows)
+        self._parents = ()
+
+
+class HFSession(Session):
+    """A session on the Hugging Face modules as they are: the reference (`eager`)."""
+
+    is_captured = False
+
+    def _prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
+        extras: dict[str, Any] = {}
+        if prompt.deepstack:
+            is_visual = torch.zeros(1, len(prompt), dtype=torch.bool, device=prompt.visual_index.device)
+            is_visual[0, prompt.visual_index] = True
+            extras = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(prompt.deepstack)}
+        return self._language_model(prompt.embeds, prompt.positions, attention.Plan(scores=scores), **extras)[-1]
+
+    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+        """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
+        count, of_tree = rows.sees.shape
+        self.cache.length = self.length + of_tree - count
+        positions = self.positions(self.position, rows)
+        return self.model.logits(self._language_model(self.model.embed(tokens), positions, attention.Plan(rows)))
+
+    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """Run the function."""
+        return function()
+
+    def _language_model(self, embeds: Tensor, positions: Tensor, plan: attention.Plan, **extras: Any) -> Tensor:
+        """Run new rows [1, T, D]; return their hidden states [T, D]."""
+        kwargs = {"past_key_values": self.cache, "use_cache": True, "plan": plan, **extras}
+        out = self.model.hf.model.language_model(inputs_embeds=embeds, position_ids=positions, **kwargs)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+class FusedSession(Session):
+    """A session on the fused decoder, whose steps are CUDA graphs on a GPU."""
+
+    def _prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
+        decoder, end = self._decoder, self.cache.length + len(prompt)
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            rows, keys, values = query.transpose(0, 1)[None], keys[None, :, :end], values[None, :, :end]
+            if scores is not None:
+                scores.add(rows, keys, decoder.scaling)
+            return attention.causal(rows, keys, values, decoder.scaling)[0].transpose(0, 1)
+
+        hidden = decoder(
+            prompt.embeds[0].clone(),
+            decoder.rotary(prompt.embeds, prompt.positions),
+            self.workspace.storage,
+            upload([self.cache.length], self.model.device, torch.int32),
+            0,
+            attend,
+            prompt.deepstack,
+            prompt.visual_index,
+        )
+        return hidden[-1]
+
+    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+        """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
+        decoder, start, position = self._decoder, self.workspace.state[:1], self.workspace.state[1:]
+        count, of_tree = rows.sees.shape
+        embeds = self.model.embed(tokens)
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            out = tree_attention(query[None], keys[None], values[None], start, rows.sees, scaling=decoder.scaling)
+            return out[0]
+
+        rotary = decoder.rotary(embeds, self.positions(position, rows))
+        hidden = decoder(embeds[0], rotary, self.workspace.storage, start, of_tree - count, attend)
+        return linear(hidden, self.model.hf.lm_head.weight)
+
+    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """Run the function, on a GPU as a CUDA graph that is captured the first time."""
+        self.workspace.set_state(self.length, self.position)
+        return self.workspace.run(key, function) if self.is_captured else function()
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether `run` replays CUDA graphs."""
+        return self.model.device.type == "cuda"
+
+    @property
+    def _decoder(self) -> Decoder:
+        assert self.model.decoder is not None
+        return self.model.decoder
