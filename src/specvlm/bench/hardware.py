@@ -56,7 +56,7 @@ def read_rate(device: torch.device) -> float:
 
     A copy is no yardstick: it also writes, and captured in a CUDA graph it moves less than an eager one.
     """
-    size = (4 << 30) if device.type == "cuda" else (256 << 20)  # beyond any cache
+    size = (4 << 30) if device.type == "cuda" else (128 << 20)  # beyond any cache
     rates = []
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         data = torch.empty(size // dtype.itemsize, dtype=dtype, device=device).uniform_()

@@ -1,0 +1,108 @@
+"""The table of a speed run, and its lines read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from specvlm.errors import ConfigError
+
+Line = dict[str, Any]
+_NEEDED = ("pair", "method", "visual_tokens", "keep_ratio", "tree", "ms_per_token", "steps", "ttft_s", "provenance")
+
+
+def read(names: Sequence[str]) -> list[Line]:
+    """Return the lines of files of results.
+
+    Raises:
+        ConfigError: one cannot be read or a line is no result; the line is named.
+    """
+    return [line for name in names for line in _read(name)]
+
+
+def _read(name: str) -> list[Line]:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} cannot be read ({error}): give a file of bench speed --out") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found = json.loads(line)
+            lines.append({key: found[key] for key in _NEEDED} | found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{name}, line {number} is no result of bench speed: {line[:60]}") from error
+    return lines
+
+
+def measured(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines that hold a measurement."""
+    return [line for line in lines if line["ms_per_token"] is not None]
+
+
+def label(line: Line) -> str:
+    """Return a method with its settings."""
+    parts = [line["tree"] or line["method"]]
+    if line["keep_ratio"] is not None:
+        parts.append(f"keep {line['keep_ratio']:g}")
+    return " ".join(parts)
+
+
+def speedup(line: Line, lines: Sequence[Line]) -> float | None:
+    """Return how many times faster a token is than by plain decoding of the same pair and length, None without it."""
+    for other in measured(lines):
+        same = other["pair"] == line["pair"] and other["visual_tokens"] == line["visual_tokens"]
+        if same and other["method"] == "plain":
+            return float(other["ms_per_token"]["median"] / line["ms_per_token"]["median"])
+    return None
+
+
+def _steps(line: Line) -> str:
+    texts = []
+    for name, step in line["steps"].items():
+        texts.append(f"{name} {step['ms']:.2f} ({step['ms'] / step['floor_ms']:.2f}x, {step['rows']} rows)")
+    return ", ".join(texts)
+
+
+def _text(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+_COLUMNS: dict[str, Callable[[Line], str]] = {
+    "method": label,
+    "ms a token (p10 to p90)": lambda line: "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**line["ms_per_token"]),
+    "MAT": lambda line: _text(line.get("mean_accepted_length"), ".2f"),
+    "steps, ms (x floor)": _steps,
+    "before the second token, s": lambda line: ", ".join(f"{k} {v:.2f}" for k, v in line["ttft_s"].items()),
+    "256 tokens, s": lambda line: _text(line.get("end_to_end_s"), ".2f"),
+    "peak, GiB": lambda line: _text(line.get("peak_gib"), ".1f"),
+    "as planted": lambda line: {True: "yes", False: "NO", None: ""}[line.get("follows_plant")],
+}
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return a Markdown page: a table a pair and number of visual tokens, then the failures."""
+    if not lines:
+        return "nothing was measured\n"
+    origin = lines[0]["provenance"]
+    where = origin.get("gpu") or "CPU"
+    pages = [f"{where}, {origin['read_gb_s']:.0f} GB/s read. Made by `{origin['command']}`.\n"]
+    for pair, visual_tokens in dict.fromkeys((line["pair"], line["visual_tokens"]) for line in measured(lines)):
+        part = [line for line in measured(lines) if (line["pair"], line["visual_tokens"]) == (pair, visual_tokens)]
+        pages += [f"## {pair}, {visual_tokens} visual tokens\n", _part(part)]
+    failures = [line for line in lines if line["ms_per_token"] is None]
+    pages += [f"{line['pair']}, {line['visual_tokens']}, {label(line)}: {line.get('error')}\n" for line in failures]
+    return "\n".join(pages)
+
+
+def _part(part: Sequence[Line]) -> str:
+    names = [*_COLUMNS]
+    names.insert(2, "speedup")
+    rows = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for line in part:
+        cells = [column(line) for column in _COLUMNS.values()]
+        cells.insert(2, _text(speedup(line, part), ".2f"))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
