@@ -188,14 +188,19 @@ def _parser() -> argparse.ArgumentParser:
             _add_settings(command, PARTS[part])
         return command
 
-    describe = add("describe", _describe, "answer a question about a video", "video", "prune", "draft", "sampling")
+    describe = add("describe", _describe, "answer a question about a video", *PARTS)
     describe.add_argument("--stats", action="store_true", help="print counts, seconds and memory to stderr")
     describe.add_argument(
         "--no-draft", dest="drafter", action="store_const", const="none", default=argparse.SUPPRESS,
         help="plain decoding: load no draft (the same as --drafter none)",
     )  # fmt: skip
     text = "run plain and speculative decoding in turn and print both side by side; exit 1 if their greedy texts differ"
-    add("compare", _compare, text, "video", "prune", "draft", "sampling")
+    compare = add("compare", _compare, text, *PARTS)
+    text = (
+        "instead: judge both against the Hugging Face modules, with the logit gap at the first difference and the "
+        "rounding beside it; exit 1 if a difference is no tie"
+    )
+    compare.add_argument("--ties", action="store_true", help=text)
     text = "draw sampled frames with the kept visual tokens lit and the target's attention as a heat map"
     inspect = add("inspect", _inspect, text, "video", "prune")
     inspect.add_argument("-o", "--output", metavar="FILE.png", type=_png, required=True, help="the picture to write")
@@ -437,6 +442,8 @@ def _account(generation: Generation) -> str:
 
 def _compare(args: argparse.Namespace, status: Status) -> int:
     source, model = _source(args), _load(args, status)
+    if args.ties:
+        return _ties(args, status, source, model)
     from specvlm.compare import compare
 
     comparison = compare(model, source, args.prompt, watch=status.stages)
@@ -446,6 +453,18 @@ def _compare(args: argparse.Namespace, status: Status) -> int:
     else:
         print(comparison.table())
     return 0 if comparison.is_identical or comparison.is_sampled else 1
+
+
+def _ties(args: argparse.Namespace, status: Status, source: str | bytes, model: SpecVLM) -> int:
+    from specvlm.ties import ties
+
+    found = ties(model, source, args.prompt, watch=status.stages)
+    status.clear()
+    if args.json:
+        _print_json(found.to_dict())
+    else:
+        print(found.table())
+    return 0 if found.is_lossless else 1
 
 
 def _bench_acceptance(args: argparse.Namespace, status: Status) -> int:

@@ -133,9 +133,8 @@ def compare(
     Raises:
         ConfigError: there is no draft to compare with.
     """
+    check_draft(model)
     drafter = model.config.draft.drafter
-    if drafter == "none" or (drafter == "model" and model.draft is None):
-        raise ConfigError(f"drafter={drafter!r} without a draft leaves nothing to compare: give --draft")
     watch("")("read")
     frames = video.load(source, model.config.video)
 
@@ -149,6 +148,17 @@ def compare(
         run("warm-up", drafter=kind, max_new_tokens=warm_up)
     plain, speculative = run("plain", drafter="none"), run("speculative", drafter=drafter)
     return Comparison(plain, speculative, first_difference(plain.token_ids, speculative.token_ids, model))
+
+
+def check_draft(model: SpecVLM) -> None:
+    """Refuse to compare plain decoding with itself.
+
+    Raises:
+        ConfigError: there is no draft.
+    """
+    drafter = model.config.draft.drafter
+    if drafter == "none" or (drafter == "model" and model.draft is None):
+        raise ConfigError(f"drafter={drafter!r} without a draft leaves nothing to compare: give --draft")
 
 
 def first_difference(plain: tuple[int, ...], speculative: tuple[int, ...], model: SpecVLM) -> Difference | None:

@@ -190,10 +190,17 @@ class SpecVLM:
             session, logits, scores = target.start(prompt, room, score_from=first, eager=config.run.eager)
         return Prefilled(inputs, prompt, session, logits, scores)
 
-    def decode(self, request: Request, start: Prefilled) -> Iterator[Round]:
+    def decode(
+        self, request: Request, start: Prefilled, observe: Callable[[Tensor], None] = lambda logits: None
+    ) -> Iterator[Round]:
         """Propose, verify, accept, commit until the text ends. The first Round holds the prefill's own token.
 
         Stop strings end a text, not its tokens: they are the business of `stream`.
+
+        Args:
+            request: what was prefilled.
+            start: its prefill.
+            observe: told the target's logits [N + 1, vocab] of every pass before its Round comes.
         """
         config, stage, device = request.config, request.seconds.stage, self.target.device
         sampling, session = config.sampling, start.session
@@ -202,6 +209,7 @@ class SpecVLM:
         ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(config.draft, self.draft)
 
         draft = verify.Draft.empty()
+        observe(start.logits[None])
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
         request.speculation.add(0, 0)
         request.seconds.first_token()
@@ -228,7 +236,9 @@ class SpecVLM:
                 if not session.is_ready(parents):
                     with stage("capture", device):
                         session.capture(parents)
-                accepted = verifier.accept(session.step(tokens, parents), draft)
+                logits = session.step(tokens, parents)
+                observe(logits)
+                accepted = verifier.accept(logits, draft)
                 session.keep((0, *(node + 1 for node in accepted.nodes)))
                 drafter.commit(accepted)
             latest = ending.cut(draft, accepted)
