@@ -60,8 +60,8 @@ def run(x, weight, *args, plan, **kwargs):
 
 
 @pytest.mark.parametrize("tma", [True, False])
-# 2 split one block, 3 and 7 split most blocks, 1000 is more than there are tiles: a tile for each
-@pytest.mark.parametrize("programs", [1, 2, 3, 7, 1000])
+# 3 and 7 split most blocks, 1000 is more than there are tiles: a tile for each
+@pytest.mark.parametrize("programs", [1, 3, 7, 1000])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_equals_the_reference_however_the_tiles_are_shared(shape, programs, tma):
     x, weight = case(*shape)
@@ -93,13 +93,23 @@ def test_bias_and_residual_are_added_once_and_rounded_where_torch_rounds(program
 def test_the_gate_rounds_where_torch_rounds():
     x, weight = case(5, 400, 128, torch.float16)
     gate, up = (run(x, half, plan=PLAN) for half in weight.chunk(2))
-    assert_close(run(x, weight, plan=PLAN, gated=True), F.silu(gate) * up, rtol=1e-3, atol=1e-6)
+    y = run(x, weight, plan=PLAN, gated=True)
+    expected = F.silu(gate) * up
+    assert_close(y, expected, rtol=2e-3, atol=1e-6)
+    assert (
+        y != expected
+    ).float().mean() < 0.02  # exp may differ in its last bit; one rounding less, and a quarter does
 
 
-def test_rows_and_weights_may_be_slices():
-    x, weight = case(4, 128, 256)
-    part = run(x[:, 64:192], weight[:, 128:], plan=replace(PLAN, programs=3))
-    assert_close(part, linear_reference(x[:, 64:192], weight[:, 128:]), **CLOSE)
+@pytest.mark.parametrize("tma", [True, False])
+def test_rows_and_weights_may_be_slices_and_nothing_beside_them_is_read(tma):
+    around = torch.full((9, 400), float("nan"), device=DEVICE, dtype=SINGLE), torch.full_like(draw(150, 400), torch.nan)
+    x, weight = (part[:rows, 64:168] for part, rows in zip(around, (4, 130), strict=True))
+    x.copy_(draw(4, 104))
+    weight.copy_(draw(130, 104, seed=1) / 10)
+    for programs in (1, 3):
+        y = run(x, weight, plan=replace(PLAN, programs=programs, tma=tma))
+        assert_close(y, linear_reference(x, weight), **CLOSE)
 
 
 def test_odd_widths_go_through_pointers():
