@@ -88,6 +88,7 @@ class VisionFamily(ABC):
     """A Family whose prompt carries one placeholder token per visual token. Subclasses fill in the pixels."""
 
     is_mrope: ClassVar[bool]  # positions are (time, height, width)
+    pixel_dtype: torch.dtype = torch.float32  # of the pixels in Inputs; a model rounds them to its own first of all
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -146,6 +147,15 @@ class VisionFamily(ABC):
         """Return where the last user turn begins; all these families write ChatML, whose last turn opens the answer."""
         turns = (input_ids == self.tokenizer.convert_tokens_to_ids("<|im_start|>")).nonzero().squeeze(1)
         return int(turns[-2]) if turns.shape[0] >= 2 else 0
+
+    def prepare(self, model: Any, *, compiled: bool = False) -> None:
+        """Serve a loaded HF model, on its device: make pixels in its dtype and its vision tower fast.
+
+        Args:
+            model: the HF ...ForConditionalGeneration; its results stay the same.
+            compiled: compile the tower's blocks, where the family replaces them; see specvlm.vision.install.
+        """
+        self.pixel_dtype = model.dtype
 
     @torch.no_grad()
     def merged(self, model: Any, inputs: Inputs) -> Prompt:

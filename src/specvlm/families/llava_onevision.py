@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specvlm import vision
 from specvlm.errors import UnsupportedModel
 from specvlm.families.base import Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
@@ -20,6 +21,7 @@ from specvlm.video import Frames
 _DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "do_center_crop": False}
 _SHRINK_ABOVE = 1.1  # the model shrinks tiles whose side exceeds its bound by more than this
 _NEWLINE = (-1, -1, -1)
+_IMAGE_KWARGS = ("pixel_values", "image_sizes", "batch_num_images")
 
 
 def best_pinpoint(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -76,12 +78,13 @@ class LlavaOnevision(VisionFamily):
 
     def _video(self, frames: Frames, device: torch.device | str) -> Encoded:
         settings = self._processors["video"]
-        pixels = frames.pixels.to(device)
+        pixels = frames.pixels
         if settings["do_resize"]:
-            pixels = resize(frames.pixels, (self._tile, self._tile), settings["resample"], device)
+            pixels = resize(pixels, (self._tile, self._tile), settings["resample"], device)
+        pixels = normalize(pixels.to(device), settings, 1, self.pixel_dtype)
         pooled = math.ceil(self._side / 2)
         visual = Visual("video", (len(pixels), pooled, pooled))
-        return Encoded(visual, normalize(pixels, settings, 1), self._tokens["video"], (math.prod(visual.grid) + 1,))
+        return Encoded(visual, pixels, self._tokens["video"], (math.prod(visual.grid) + 1,))
 
     def _image(self, image: Tensor, is_alone: bool, most: int | None) -> Encoded:
         """Encode one image [1, 3, H, W], first shrunk to at most `most` pixels."""
@@ -92,10 +95,11 @@ class LlavaOnevision(VisionFamily):
             height, width = max(1, int(height * shrink)), max(1, int(width * shrink))
             image = resize(image, (height, width), settings["resample"], image.device)
         tiles = self._tiles(image) if is_alone else self._square(image)
+        pixels = normalize(tiles, settings, 1, self.pixel_dtype)
         layout = self._image_layout(height, width, is_alone)
         bounds = (layout.amax(0) + 1).tolist()
         visual = Visual("image", (bounds[0], bounds[1], bounds[2]))
-        return Encoded(visual, normalize(tiles, settings, 1), self._tokens["image"], (len(layout),), (height, width))
+        return Encoded(visual, pixels, self._tokens["image"], (len(layout),), (height, width))
 
     def _tiles(self, image: Tensor) -> Tensor:
         """Return [1 + tiles, 3, H, W] uint8: the whole image, then its tiles in reading order, black where it ends."""
@@ -152,8 +156,8 @@ class LlavaOnevision(VisionFamily):
         if kind == "video":
             videos = [e.pixels for e in encoded]
             same = len({len(video) for video in videos}) == 1
-            return {"pixel_values_videos": torch.stack(videos) if same else videos}
-        pixels = torch.stack([e.pixels for e in encoded])
+            return {"pixel_values_videos": _stacked(videos) if same else videos}
+        pixels = _stacked([e.pixels for e in encoded])
         sizes = torch.tensor([e.extra for e in encoded], device=pixels.device)
         count = torch.tensor([len(encoded)], device=pixels.device)
         return {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": count}
@@ -172,18 +176,51 @@ class LlavaOnevision(VisionFamily):
         return layouts
 
     def _capture(self, model: Any, inputs: Inputs) -> dict[str, Any]:
-        """Encode videos of different lengths one by one: HF's forward() takes a stack of equal ones only."""
-        videos = inputs.model_kwargs.get("pixel_values_videos")
-        if not isinstance(videos, list):
+        """Encode media in batches of frames: HF's forward() takes all at once, and videos of equal length only."""
+        media = {key: value for key, value in inputs.model_kwargs.items() if key.startswith("pixel_values")}
+        most = max(1, vision.MAX_PATCHES // self._side**2)
+        if all(isinstance(value, Tensor) and math.prod(value.shape[:2]) <= most for value in media.values()):
             return super()._capture(model, inputs)
-        ids = inputs.input_ids
-        others = {key: value for key, value in inputs.model_kwargs.items() if key != "pixel_values_videos"}
-        caught = super()._capture(model, Inputs(ids, others, inputs.visuals))
-        counts = [math.prod(visual.grid) + 1 for visual in inputs.visuals if visual.kind == "video"]
-        features = []
-        for video, count in zip(videos, counts, strict=True):
-            alone = Inputs(ids.new_full((count,), self._ids["video"]), {"pixel_values_videos": video[None]}, ())
-            features.append(super()._capture(model, alone)["inputs_embeds"][0])
+        caught = super()._capture(model, Inputs(inputs.input_ids, {}, inputs.visuals))
         embeds = caught["inputs_embeds"].clone()
-        embeds[0, ids == self._ids["video"]] = torch.cat(features)
+        pieces = {"image": self._image_pieces(inputs, most), "video": self._video_pieces(inputs, most)}
+        for kind, encoded in pieces.items():
+            places, start = (inputs.input_ids == self._ids[kind]).nonzero().squeeze(1), 0
+            for count, kept, kwargs in encoded:
+                alone = Inputs(inputs.input_ids.new_full((count,), self._ids[kind]), kwargs, ())
+                features = super()._capture(model, alone)["inputs_embeds"][0, :kept]
+                embeds[0, places[start : start + kept]] = features
+                start += kept
         return {**caught, "inputs_embeds": embeds}
+
+    def _video_pieces(self, inputs: Inputs, most: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield at most `most` frames of a video at a time: tokens, how many of them count, and HF's arguments.
+
+        Only the last piece of a video keeps the newline that ends it.
+        """
+        a_frame = math.ceil(self._side / 2) ** 2
+        for video in inputs.model_kwargs.get("pixel_values_videos", ()):
+            for start in range(0, len(video), most):
+                frames = video[start : start + most]
+                count = len(frames) * a_frame + 1
+                kept = count if start + most >= len(video) else count - 1
+                yield count, kept, {"pixel_values_videos": frames[None]}
+
+    def _image_pieces(self, inputs: Inputs, most: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield at most `most` images at a time, as `_video_pieces`; an image alone is never cut."""
+        kwargs = {key: inputs.model_kwargs[key] for key in _IMAGE_KWARGS if key in inputs.model_kwargs}
+        if not kwargs:
+            return
+        if len(kwargs["pixel_values"]) == 1:
+            count = int((inputs.input_ids == self._ids["image"]).sum())
+            yield count, count, kwargs
+            return
+        batches = zip(*(torch.split(kwargs[key], most) for key in ("pixel_values", "image_sizes")), strict=True)
+        for pixels, sizes in batches:
+            count = len(pixels) * (self._side**2 + 1)
+            yield count, count, {**kwargs, "pixel_values": pixels, "image_sizes": sizes}
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of equal shape as one; one alone is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -39,6 +39,7 @@ _FILES = {
     "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
 }
 _MAX_ASPECT = 200  # Qwen's processors refuse longer frames
+_PART = 1 << 24  # values normalised at once, 64 MiB in float32
 _CHUNK = 32  # frames resized at once: bounds the memory of the float copy that a GPU needs
 
 
@@ -94,20 +95,27 @@ def resize(frames: Tensor, size: tuple[int, int], resample: int, device: torch.d
     return torch.cat(chunks)
 
 
-def normalize(pixels: Tensor, settings: Mapping[str, Any], channel_dim: int) -> Tensor:
-    """Return uint8 pixels rescaled and normalised as the flags say, float32 unless neither is wanted.
+def normalize(
+    pixels: Tensor, settings: Mapping[str, Any], channel_dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return uint8 pixels rescaled and normalised as the flags say, in `dtype` unless neither is wanted.
 
-    Rescaling is folded into mean and standard deviation, in float32 and in HF's order of operations.
+    Rescaling is folded into mean and standard deviation, in float32 and in HF's order of operations; the result is
+    rounded to `dtype` part by part, so that no float32 copy of a long video exists.
     """
     scale = settings["rescale_factor"] if settings["do_rescale"] else None
     if not settings["do_normalize"]:
-        return pixels if scale is None else pixels * scale
+        return pixels if scale is None else (pixels * scale).to(dtype)
     mean, std = (torch.tensor(settings[name], device=pixels.device) for name in ("image_mean", "image_std"))
     if scale is not None:
         mean, std = mean * (1.0 / scale), std * (1.0 / scale)
     shape = [1] * pixels.ndim
     shape[channel_dim] = -1
-    return pixels.to(torch.float32).sub_(mean.view(shape)).div_(std.view(shape))
+    out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    rows = max(1, _PART * pixels.shape[0] // pixels.numel())
+    for whole, part in zip(torch.split(out, rows), torch.split(pixels, rows), strict=True):
+        whole.copy_(part.to(torch.float32).sub_(mean.view(shape)).div_(std.view(shape)))
+    return out
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from specvlm import vision
 from specvlm.families.base import Inputs, Message, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import (
@@ -72,6 +73,11 @@ class QwenVL(VisionFamily):
         }
         self.settings |= self._processors
 
+    def prepare(self, model: Any, *, compiled: bool = False) -> None:
+        """Serve a loaded HF model; see VisionFamily."""
+        super().prepare(model)
+        vision.install(model.model.visual, compiled=compiled)
+
     def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
         return [self._encode_one(frames, limits, device) for frames in media]
 
@@ -87,7 +93,7 @@ class QwenVL(VisionFamily):
         visual = Visual(frames.kind, (steps, rows // merge, columns // merge))
         text, runs = self._runs(frames, visual)
         seconds = temporal / frames.fps if frames.kind == "video" else None  # of one time step
-        return Encoded(visual, normalize(patches, settings, 1).flatten(1), text, runs, seconds)
+        return Encoded(visual, normalize(patches, settings, 1, self.pixel_dtype).flatten(1), text, runs, seconds)
 
     def _budget(self, frames: Frames, limits: Limits) -> Budget:
         """Return the bounds on a resized image, or on one or all frames of a video."""
@@ -115,7 +121,7 @@ class QwenVL(VisionFamily):
 
     def _model_kwargs(self, kind: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
         merge = self._processors[kind]["merge_size"]
-        pixels = torch.cat([e.pixels for e in encoded])
+        pixels = encoded[0].pixels if len(encoded) == 1 else torch.cat([e.pixels for e in encoded])
         grids = [(e.visual.grid[0], e.visual.grid[1] * merge, e.visual.grid[2] * merge) for e in encoded]
         grid_thw = torch.tensor(grids, device=pixels.device)
         if kind == "image":
