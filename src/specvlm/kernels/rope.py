@@ -1,0 +1,234 @@
+"""Norm and rotate query and key, and store key and value, straight from the fused q/k/v projection.
+
+In eager PyTorch a layer takes ten kernels and more for this; here each program reads a few heads of one token once, and
+writes them where the attention wants them: the query to a new tensor, key and value to their rows of the KV storage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.kernels.norm import add_rms_norm_reference
+
+# What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
+tl: Any = None
+argument = Any
+constexpr = int
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MANY_ROWS = 256  # from here on the tokens alone fill the GPU
+
+
+def rope_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    offset: int,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    pdl: bool = False,
+) -> Tensor:
+    """Return the rotated query, and store rotated key and value: Triton on CUDA, the reference elsewhere.
+
+    Rows start + offset to start + offset + T - 1 of the storage are written. `start` stays on the device, so the caller
+    has to know that they fit.
+
+    Args:
+        qkv: [T, (H + 2 * H_kv) * d], rows contiguous: all query heads, then key heads, then value heads.
+        cos, sin: [T, d] in the dtype of qkv or fp32, rows contiguous, the second half of d repeating the first.
+        keys, values: [H_kv, capacity, d], views of the KV storage with a contiguous last dimension.
+        start: [1] int32 on the device.
+        offset: added to start.
+        q_norm, k_norm: [d] weights of an RMS norm over each head before the rotation (Qwen3); None for both: no norm.
+        eps: added to the mean square of these norms.
+        pdl: launch while the kernel before it drains (programmatic dependent launch, compute capability 9 and up).
+            q_norm and k_norm must then be constants, as they are read before that kernel is done.
+
+    Returns:
+        [T, H, d], contiguous.
+    """
+    if qkv.is_cuda and _HAS_TRITON:
+        return rope_and_store_triton(
+            qkv, cos, sin, keys, values, start, offset, q_norm=q_norm, k_norm=k_norm, eps=eps, pdl=pdl
+        )
+    return rope_and_store_reference(qkv, cos, sin, keys, values, start, offset, q_norm=q_norm, k_norm=k_norm, eps=eps)
+
+
+def rope_and_store_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    offset: int,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Do what `rope_and_store` does with torch operations, rounding where transformers' Qwen2 and Qwen3-VL round."""
+    kv_heads, _, head_dim = keys.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    query, key, value = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        query = add_rms_norm_reference(query, None, q_norm, eps)[0]
+        key = add_rms_norm_reference(key, None, k_norm, eps)[0]
+    rows = start + offset + torch.arange(qkv.shape[0], device=qkv.device)
+    keys.index_copy_(1, rows, _rotate(key, cos, sin).transpose(0, 1))
+    values.index_copy_(1, rows, value.transpose(0, 1))
+    return _rotate(query, cos, sin)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [T, h, d] by the angles of their tokens, cos and sin [T, d]."""
+    low, high = heads.chunk(2, dim=-1)
+    return (heads * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]).to(heads.dtype)
+
+
+def rope_and_store_triton(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    offset: int,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    pdl: bool = False,
+) -> Tensor:
+    """Launch the kernel; the arguments are those of `rope_and_store`."""
+    rows, (kv_heads, _, head_dim) = qkv.shape[0], keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    block = 1 << (head_dim - 1).bit_length()
+    tile_heads, warps = _tiling(rows)
+    tiles = -(-(heads + 2 * kv_heads) // tile_heads)
+    _compiled()[(rows * tiles,)](
+        qkv,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        query,
+        keys,
+        values,
+        start,
+        offset,
+        eps,
+        qkv.stride(0),
+        cos.stride(0),
+        sin.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        WIDTH=head_dim,
+        TILES=tiles,
+        TILE_HEADS=tile_heads,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=warps,
+        enable_fp_fusion=False,  # a fused multiply-add rounds otherwise than torch
+        launch_pdl=pdl,
+    )
+    return query
+
+
+def _tiling(rows: int) -> tuple[int, int]:
+    """Return (heads, warps) of a program: fewer heads while few tokens are there to fill the GPU."""
+    return (16, 4) if rows >= _MANY_ROWS else (4, 1)
+
+
+@cache
+def _compiled() -> Any:
+    """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
+    language = importlib.import_module("triton.language")
+    globals().update(tl=language, argument=language.tensor, constexpr=language.constexpr)
+    return importlib.import_module("triton").jit(_kernel, do_not_specialize=["offset"])
+
+
+def _kernel(
+    qkv: argument,
+    cos: argument,
+    sin: argument,
+    q_norm: argument,
+    k_norm: argument,
+    query: argument,
+    keys: argument,
+    values: argument,
+    start: argument,
+    offset: argument,
+    eps: argument,
+    qkv_stride: argument,
+    cos_stride: argument,
+    sin_stride: argument,
+    key_head_stride: argument,
+    key_row_stride: argument,
+    value_head_stride: argument,
+    value_row_stride: argument,
+    HEADS: constexpr,
+    KV_HEADS: constexpr,
+    WIDTH: constexpr,
+    TILES: constexpr,
+    TILE_HEADS: constexpr,
+    BLOCK: constexpr,
+    PDL: constexpr,
+) -> None:
+    token = (tl.program_id(0) // TILES).to(tl.int64)
+    head = tl.program_id(0) % TILES * TILE_HEADS + tl.arange(0, TILE_HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    partner = (column + WIDTH // 2) % WIDTH
+    inside = column < WIDTH
+    is_query = inside & (head < HEADS)
+    is_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_value = inside & (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+    if q_norm is not None:
+        scale = tl.load(q_norm + column, mask=is_query, other=0.0).to(tl.float32)
+        scale += tl.load(k_norm + column, mask=is_key, other=0.0).to(tl.float32)
+        partner_scale = tl.load(q_norm + partner, mask=is_query, other=0.0).to(tl.float32)
+        partner_scale += tl.load(k_norm + partner, mask=is_key, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+    source = qkv + token * qkv_stride + head * WIDTH
+    stored = tl.load(source + column, mask=is_query | is_key | is_value, other=0.0)
+    x = stored.to(tl.float32)
+    y = tl.load(source + partner, mask=is_query | is_key, other=0.0).to(tl.float32)
+    if q_norm is not None:
+        factor = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + eps)
+        x = (x * factor).to(stored.dtype).to(tl.float32) * scale
+        y = (y * factor).to(stored.dtype).to(tl.float32) * partner_scale
+        x = x.to(stored.dtype).to(tl.float32)
+        y = y.to(stored.dtype).to(tl.float32)
+
+    wide = cos.dtype.element_ty  # the products' type under torch's promotion, and so where they are rounded
+    angle_cos = tl.load(cos + token * cos_stride + column, mask=inside, other=0.0).to(tl.float32)
+    angle_sin = tl.load(sin + token * sin_stride + column, mask=inside, other=0.0).to(tl.float32)
+    angle_sin = tl.where(column < WIDTH // 2, -angle_sin, angle_sin)
+    turned = (x * angle_cos).to(wide).to(tl.float32) + (y * angle_sin).to(wide).to(tl.float32)
+    turned = turned.to(stored.dtype)
+
+    tl.store(query + (token * HEADS + head) * WIDTH + column, turned, mask=is_query)
+    row = tl.load(start).to(tl.int64) + offset + token
+    key_head = (head - HEADS).to(tl.int64)
+    tl.store(keys + key_head * key_head_stride + row * key_row_stride + column, turned, mask=is_key)
+    value_head = key_head - KV_HEADS
+    tl.store(values + value_head * value_head_stride + row * value_row_stride + column, stored, mask=is_value)
