@@ -207,6 +207,16 @@ def test_bounds_are_read_once_a_batch(family, monkeypatch):
     assert len(made) == len(sizes) * (2 if family == "qwen2_5_vl" else 1)
 
 
+def test_windows_and_frames_are_known_side_by_side():
+    known = vision.KnownSegments()
+    windows, frames = torch.tensor([0, 2, 4]), torch.tensor([0, 4])
+    first, second = known.of(windows), known.of(frames)
+    assert first.groups == ((2, 2),)
+    assert second.groups == ((1, 4),)
+    assert known.of(windows) is first
+    assert known.of(frames) is second
+
+
 def test_segments_attend_among_themselves():
     lengths = [3, 5, 3, 1, 5]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
