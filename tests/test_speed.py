@@ -3,13 +3,14 @@
 import importlib
 import json
 import sys
+import weakref
 from functools import cache
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from specvlm import ConfigError, cli
+from specvlm import ConfigError, SpecVLM, cli
 from specvlm.bench import clips, hardware, passes, peers, planted, plots, published, runner, speed, steps, summary
 from specvlm.bench import vllm_plain as vllm
 from specvlm.bench.subjects import PlantedSource
@@ -86,6 +87,18 @@ def test_the_draft_ranks_the_next_token_as_drawn():
     found = ranks.clamp_max(4)  # by the place in the cycle
     agreement = (found == drawn[cycle.order - cycle.low]).float().mean()
     assert agreement > 0.85  # at width 256 noise swaps some neighbours
+
+
+def test_layers_are_damped_and_the_tower_is_not():
+    hf = subject(PAIRS[0]).model.target.hf
+    layer, block = hf.model.language_model.layers[1], hf.model.visual.blocks[1]
+
+    def ratio(one, other):
+        return float(one.weight.detach().std() / other.weight.detach().std())
+
+    assert ratio(layer.self_attn.o_proj, layer.mlp.up_proj) == pytest.approx(0.01, rel=0.05)
+    assert ratio(layer.mlp.down_proj, layer.mlp.up_proj) == pytest.approx(0.01, rel=0.05)
+    assert ratio(block.mlp.down_proj, block.mlp.up_proj) == pytest.approx(1, rel=0.2)
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not():
@@ -290,7 +303,10 @@ def test_the_command_measures_every_method(tmp_path, capsys):
 def test_a_cell_that_fails_is_recorded_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     usual = passes.decode
 
+    tried = []
+
     def decode(model, start, **settings):
+        tried.append(settings.get("tree"))
         if settings.get("tree") == "paper":
             raise torch.OutOfMemoryError("no\nroom")
         return usual(model, start, **settings)
@@ -303,6 +319,7 @@ def test_a_cell_that_fails_is_recorded_and_the_run_goes_on(tmp_path, capsys, mon
     assert (tree["error"], tree["ms_per_token"], tree["tree"]) == ("OutOfMemoryError: no", None, "paper")
     assert plain["error"] is chain["error"] is None
     assert "paper keep 0.1: OutOfMemoryError: no" in capsys.readouterr().out
+    assert tried.count("paper") == 1  # and is not tried again
 
 
 def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
@@ -310,6 +327,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
 
     def prefill(model, visual_tokens, sweep):
         if visual_tokens == 128:
+            assert len(out.read_text().splitlines()) == 2  # a killed run would keep them
             raise KeyboardInterrupt
         if visual_tokens == 32:
             raise torch.OutOfMemoryError("no room")
@@ -322,6 +340,22 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
     assert (failed["visual_tokens"], failed["error"]) == (32, "OutOfMemoryError: no room")
     assert measured["visual_tokens"] == 64
     assert "| plain |" in capsys.readouterr().out
+
+
+def test_no_prefill_outlives_the_next(monkeypatch):
+    usual, sessions = SpecVLM.prefill, []
+
+    def prefill(self, request):
+        assert all(session() is None for session in sessions)
+        start = usual(self, request)
+        sessions.append(weakref.ref(start.session))
+        return start
+
+    monkeypatch.setattr(SpecVLM, "prefill", prefill)
+    sweep = speed.Sweep(visual_tokens=(32, 64), methods=("plain",), num_tokens=4, repeats=1, slow_repeats=1)
+    records = list(speed.measure(subject(PAIRS[0]), sweep, 10.0, lambda text: None))
+    assert [record.error for record in records] == [None, None]
+    assert len(sessions) == 8
 
 
 def test_a_pair_that_does_not_load_is_recorded(monkeypatch):
@@ -431,6 +465,14 @@ def test_vllms_time_a_token_leaves_the_prefill_out(fake_vllm):
     assert record.prompt_tokens == 128
     assert record.ms_per_token.median == pytest.approx(5, rel=0.5)
     assert record.ttft_s["prefill"] == pytest.approx(0.025, rel=0.5)
+
+
+def test_vllms_figures_by_hand():
+    times = {"prompt_tokens": 128, "first_s": [1.0, 2.0, 1.5], "all_s": [1.8, 2.4, 2.1]}
+    record = runner.vllm_record("a/b", 64, times, num_tokens=5)
+    assert record.ms_per_token.median == pytest.approx(150)  # of 200, 100 and 150
+    assert record.ttft_s == {"prefill": 1.5}
+    assert record.end_to_end_s == pytest.approx(1.5 + 255 * 0.15)
 
 
 def test_vllms_failure_is_one_line(fake_vllm):

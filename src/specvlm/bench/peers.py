@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -73,3 +74,11 @@ def generate(model: SpecVLM, start: Prefilled, method: str, num_tokens: int) -> 
         num_rounds=len(later),
         peak_bytes=measure_peak(*devices),
     )
+
+
+def forget(model: SpecVLM) -> None:
+    """Drop what generate() compiled, with its CUDA graphs and their memory."""
+    hf = model.target.hf
+    if "_compiled_call" in vars(hf):  # where PreTrainedModel.get_compiled_call keeps it
+        del hf._compiled_call
+        torch.compiler.reset()

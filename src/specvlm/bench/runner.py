@@ -83,8 +83,6 @@ def _records(
                 yield failed(source.name, cell, visual_tokens, subject)
         return
     yield from measure(subject, sweep, rate, watch)
-    del subject
-    torch.compiler.reset()  # what transformers compiled holds memory of the models
 
 
 def _vllm(

@@ -20,8 +20,8 @@ What the figures of a record mean (one JSON object per pair x method x visual_to
 - ttft_s: seconds by stage. read is the upload and normalisation of decoded frames. With a draft, prune and
   draft_prefill (its vision tower included) come after the first token and before the second; they are listed, too.
 - end_to_end_s: the sum of ttft_s, and 255 more tokens at ms_per_token.
-- peak_gib: of the device's allocator during prefill and answer, both models loaded. weights_gib and kv_gib are parts
-  of it; transformers' peaks hold this engine's session besides.
+- peak_gib: of the device's allocator during prefills and the first answer, both models loaded, captures and compiling
+  included. weights_gib and kv_gib are parts of it; transformers' peaks hold this engine's session besides.
 - follows_plant: every token is the planted one; null for real checkpoints and for vLLM, whose weights are dummies.
 """
 
@@ -87,7 +87,7 @@ class Sweep:
             trees_.parse(spec)
 
     def cells(self) -> list[Cell]:
-        """Return what is measured at one number of visual tokens, vLLM left out."""
+        """Return what is measured at one number of visual tokens, vLLM left out; this engine's methods come first."""
         found = []
         for method in self.methods:
             if method in ("chain", "tree"):
@@ -95,7 +95,7 @@ class Sweep:
                 found += [Cell(method, ratio, spec) for spec in chosen for ratio in self.keep_ratios]
             elif method != "vllm-plain":
                 found.append(Cell(method))
-        return found
+        return sorted(found, key=lambda cell: cell.method not in ENGINE_METHODS)
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,21 @@ class _Prefills:
 def measure(subject: Subject, sweep: Sweep, read_gb_s: float, watch: Watch) -> Iterator[Record]:
     """Yield a Record a cell, for every number of visual tokens. A cell that fails has an error; the rest goes on."""
     for wanted in sweep.visual_tokens:
-        label = f"{subject.name}, {wanted} visual tokens"
-        watch(f"{label}: prefilling")
-        prefills = attempt(partial(_prefill, subject.model, wanted, sweep))
-        if isinstance(prefills, str):
-            for cell in sweep.cells():
-                yield failed(subject.name, cell, wanted, prefills)
-        else:
-            yield from _Length(subject, sweep, prefills, read_gb_s).records(label, watch)
+        yield from _at_length(subject, sweep, wanted, read_gb_s, watch)
+        peers.forget(subject.model)
+        free_memory()
+
+
+def _at_length(subject: Subject, sweep: Sweep, wanted: int, read_gb_s: float, watch: Watch) -> Iterator[Record]:
+    """Yield the records of one number of visual tokens; no memory of it is left afterwards."""
+    label = f"{subject.name}, {wanted} visual tokens"
+    watch(f"{label}: prefilling")
+    prefills = attempt(partial(_prefill, subject.model, wanted, sweep))
+    if isinstance(prefills, str):
+        for cell in sweep.cells():
+            yield failed(subject.name, cell, wanted, prefills)
+    else:
+        yield from _Length(subject, sweep, prefills, read_gb_s).records(label, watch)
 
 
 def attempt(action: Callable[[], T]) -> T | str:
@@ -248,6 +255,7 @@ class _Length:
         self._model, self._start = subject.model, prefills.start
         self._passes: dict[Cell, list[Pass]] = {cell: [] for cell in sweep.cells()}
         self._problems: dict[Cell, str] = {}
+        self._peaks: dict[Cell, int] = {}  # of the first pass, before other engines have left anything behind
         self._steps: dict[Any, Step] = {}
 
     def records(self, label: str, watch: Watch) -> Iterator[Record]:
@@ -270,7 +278,9 @@ class _Length:
         found = attempt(partial(self._pass, cell))
         if isinstance(found, str):
             self._problems[cell] = found
-        elif is_counted:
+            return
+        self._peaks.setdefault(cell, found.peak_bytes)
+        if is_counted:
             self._passes[cell].append(found)
 
     def _pass(self, cell: Cell) -> Pass:
@@ -349,7 +359,7 @@ class _Length:
             kv += kv_bytes(draft, length - self._start.prompt.num_visual + found[-1].kept_visual_tokens + room)
         elif cell.method == "transformers-assisted":
             kv += kv_bytes(draft, length + room)
-        peak = max(one.peak_bytes for one in found)
+        peak = self._peaks[cell]
         if cell.method in ENGINE_METHODS:
             peak = max(peak, self._prefills.peak_bytes)
         return peak / _GIB, weight_bytes(target, draft) / _GIB, kv / _GIB
