@@ -7,7 +7,8 @@ after token i is then successor(i), by a margin of sqrt(width) logits, and greed
 ordinary tokens. All matrix products and KV reads run at full size, on any engine, unchanged.
 
 A draft knows the target's next token as its 1st, 2nd, 3rd or 4th choice with probabilities .70, .12, .05 and .03, else
-not at all; its other choices are other tokens of the cycle. Ranks are drawn once for each token of the cycle.
+not at all; its other choices are other tokens of the cycle. Every token of the cycle has its rank for good. The
+paper's tree then accepts 2.75 tokens a round on average, a chain of five 1.94.
 
 It says nothing about pruning quality: that needs trained weights.
 """
@@ -36,6 +37,7 @@ _RANK_GAP = (
 )
 _MAX_STEP = 0.2  # between two of these weights
 _CHUNK = 1 << 14  # rows of a head planted at once
+_RANK_STREAM = 1 << 20  # added to the seed: ranks are drawn independently of the order
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,18 @@ def _random_model(spec: Spec, device: torch.device, dtype: torch.dtype, seed: in
 
 
 def _draw_ranks(cycle: Cycle, seed: int) -> Tensor:
-    """Return for every token of the cycle the draft's rank of its successor, [n] int64; 4 is none."""
-    bounds = torch.tensor(RANK_PROBS, dtype=torch.float64).cumsum(0)
-    dice = torch.rand(cycle.order.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.searchsorted(bounds, dice, right=True)
+    """Return for every id of the cycle the draft's rank of its successor, [n] int64 from the lowest id on; 4 is none.
+
+    Every hundred tokens along the cycle hold each rank as often as its probability says, in random order: so how much
+    of a short text is accepted depends less on where it begins.
+    """
+    counts = [round(100 * share) for share in (*RANK_PROBS, 1 - sum(RANK_PROBS))]
+    hundred = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    dice = torch.rand(
+        -(-cycle.order.shape[0] // 100), 100, generator=torch.Generator().manual_seed(seed + _RANK_STREAM)
+    )
+    along: Tensor = hundred[dice.argsort(1)].flatten()
+    return along[cycle.place]
 
 
 def _weights(ranks: Tensor, width: int) -> Tensor:
