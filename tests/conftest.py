@@ -1,10 +1,15 @@
-"""Shared fixtures: one thread a worker, and tiny pairs of every family."""
+"""Shared fixtures: one thread a worker, Triton's interpreter where there is no GPU, and tiny pairs of every family."""
 
+import os
 from functools import cache
 
 import pytest
-import tiny
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which transformers does
+
+import tiny
 
 from specvlm import SpecVLM
 from specvlm.model import VideoLM

@@ -3,9 +3,6 @@
 Without CUDA the kernels run in Triton's interpreter.
 """
 
-import importlib
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -20,13 +17,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, Qwen3VLTextRotaryEmbedding
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    # torch has imported Triton by now, to compile; Triton's own functions are made anew, to be interpreted
-    language = pytest.importorskip("triton.language")
-    importlib.reload(language.standard)
-    importlib.reload(language)
 
 from specvlm.kernels import activation, norm, rope
 

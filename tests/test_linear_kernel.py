@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from specvlm.errors import ConfigError
 from specvlm.kernels import linear as module
 from specvlm.kernels.linear import (
@@ -132,9 +129,8 @@ def test_plans_fit_the_chip_and_keep_it_busy(outputs, inputs, rows, gated):
     assert plan.stages >= 3
     assert rows <= plan.block_t < max(17, 2 * rows)
     assert 2 * plan.programs * halves * plan.block_n * plan.block_t <= module._PARTIAL_FLOATS
-    assert plan.programs == 132
     tiles = -(-outputs // plan.block_n) * -(-inputs // plan.block_k)
-    assert tiles >= plan.programs
+    assert plan.programs == min(132, tiles)
 
 
 def test_elsewhere_it_is_torchs_own_product():

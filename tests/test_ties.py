@@ -18,7 +18,7 @@ def test_in_fp32_nothing_differs(pair):
     found = ties(short(pair), tiny.video(6), PROMPT)
     assert [tie.name for tie in found.found] == ["plain", "speculative"]
     assert all(tie.difference is None for tie in found.found)
-    assert all(0 < value < 1e-4 for tie in found.found for value in (tie.rounding, tie.moved))
+    assert all(value < 1e-3 for tie in found.found for value in (tie.rounding, tie.moved))
     assert found.is_lossless
     assert "lossless up to ties: yes" in found.table()
 

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specvlm import tree, verify
+from specvlm import verify
 from specvlm.config import SamplingConfig
 
 VOCAB = 4

@@ -114,6 +114,17 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return out
 
 
+def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attend with query [1, H, q, d] to key, value [1, H_kv, n, d] where mask [q, n] allows it; None is causal."""
+    if mask is None:
+        return causal(query, key, value, scaling)
+    is_grouped = key.shape[1] != query.shape[1]
+    out: Tensor = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
+    )
+    return out
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -134,12 +145,7 @@ def attend(
     if plan.scores is not None:
         plan.scores.add(query, key, scaling)
     mask = plan.mask(key.shape[2]) if attention_mask is None else attention_mask
-    if mask is None:
-        out = causal(query, key, value, scaling)
-    else:
-        is_grouped = key.shape[1] != query.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
-    return out.transpose(1, 2).contiguous(), None
+    return masked(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
 
 
 # No mask function is registered under this name on purpose: transformers then builds no dense mask at all, and the plan

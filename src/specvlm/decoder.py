@@ -52,6 +52,9 @@ class Decoder:
         self._final_norm: Tensor = text.norm.weight
         self._eps = float(text.norm.variance_epsilon)
         self.scaling = float(text.layers[0].self_attn.scaling)
+        place = self._final_norm.device
+        # Programmatic dependent launch, from Hopper on: each kernel starts while the one ahead of it drains.
+        self._has_pdl = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (9, 0)
 
     def rotary(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin [T, d] of the positions ([3, 1, T] for M-RoPE, else [1, T]), in the dtype of `embeds`."""
@@ -84,12 +87,12 @@ class Decoder:
         Returns:
             [T, D], normed.
         """
-        eps = self._eps
-        normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps)
+        eps, pdl = self._eps, self._has_pdl
+        normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps, pdl=pdl)
         for index, layer in enumerate(self._layers):
             keys, values = storage[index].unbind(0)
             query = rope_and_store(
-                linear(normed, layer.qkv, layer.qkv_bias),
+                linear(normed, layer.qkv, layer.qkv_bias, pdl=pdl),
                 *rotary,
                 keys,
                 values,
@@ -98,15 +101,16 @@ class Decoder:
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
                 eps=eps,
+                pdl=pdl,
             )
-            attended = linear(attend(query, keys, values).flatten(1), layer.out, layer.out_bias)
-            normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            added = linear(silu_mul(linear(normed, layer.gate_up)), layer.down)
+            attended = linear(attend(query, keys, values).flatten(1), layer.out, layer.out_bias, pdl=pdl)
+            normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps, pdl=pdl)
+            added = linear(silu_mul(linear(normed, layer.gate_up, pdl=pdl), pdl=pdl), layer.down, pdl=pdl)
             if index < len(deepstack) and visual_rows is not None:
                 added.index_add_(0, visual_rows, deepstack[index].to(added.dtype))
             is_last = index + 1 == len(self._layers)
             norm = self._final_norm if is_last else self._layers[index + 1].input_norm
-            normed, residual = add_rms_norm(added, residual, norm, eps)
+            normed, residual = add_rms_norm(added, residual, norm, eps, pdl=pdl)
         return normed
 
 

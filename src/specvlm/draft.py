@@ -290,7 +290,7 @@ class ModelDrafter:
             return logits
         rows, nodes = level.paths
         seen = self._seen[: self._shared].repeat(logits.shape[0], 1)
-        seen[rows, tokens[nodes].clamp_max(self._shared - 1)] = True
+        seen[rows, tokens[nodes].clamp_max(self._shared - 1)] = seen.new_ones(())  # True would come from the host
         return verify.penalise(logits.float(), seen, self._sampling.penalty)
 
     def _without_missing(self, draft: Draft) -> Draft:

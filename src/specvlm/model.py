@@ -35,6 +35,7 @@ class VideoLM:
         hf.set_attn_implementation({"text_config": attention.NAME})
         self.hf = hf.eval()
         self.family = family
+        family.prepare(hf)
         self.name = name
         self.tokenizer = family.tokenizer
         self.model_type: str = hf.config.model_type

@@ -179,9 +179,15 @@ class FusedSession(Session):
         count, of_tree = rows.sees.shape
         embeds = self.model.embed(tokens)
 
+        end = self.length + of_tree
+        mask = None if tokens.is_cuda else attention.Plan(rows).mask(end)
+
         def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            out = tree_attention(query[None], keys[None], values[None], start, rows.sees, scaling=decoder.scaling)
-            return out[0]
+            if query.is_cuda:
+                out = tree_attention(query[None], keys[None], values[None], start, rows.sees, scaling=decoder.scaling)
+                return out[0]
+            batch = (query.transpose(0, 1)[None], keys[None, :, :end], values[None, :, :end])
+            return attention.masked(*batch, mask, decoder.scaling)[0].transpose(0, 1)
 
         rotary = decoder.rotary(embeds, self.positions(position, rows))
         hidden = decoder(embeds[0], rotary, self.workspace.storage, start, of_tree - count, attend)

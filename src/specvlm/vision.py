@@ -7,9 +7,9 @@ one loaded tower; classes and module names stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +28,11 @@ _ALIGNED_BYTES = 16  # a row of a matrix must start at a multiple of this for a 
 Grid = Sequence[int]  # time steps, rows and columns of one video or image, in patches
 
 
-def install(tower: Any, *, compiled: bool = False) -> None:
+def install(tower: Any) -> None:
     """Make a loaded Qwen tower (`model.model.visual`) run as described above; a second call changes nothing.
 
     Args:
         tower: Qwen2-VL's, Qwen2.5-VL's or Qwen3-VL's vision model, on its device.
-        compiled: compile what surrounds the attention of a block, once for all blocks and all sizes (some seconds at
-            the first call), instead of running the kernels of this package.
     """
     if isinstance(tower.forward, FrameBatches):
         return
@@ -42,7 +40,7 @@ def install(tower: Any, *, compiled: bool = False) -> None:
     tower.patch_embed.forward = partial(_embed, tower.patch_embed.proj)
     for block in tower.blocks:
         _align(block.mlp)
-        block.forward = Block(block, known, compiled)
+        block.forward = Block(block, known)
     tower.forward = FrameBatches(tower)
 
 
@@ -157,19 +155,15 @@ class Block:
     The residual stream is updated in place, so the rows given to a block are those that it returns.
     """
 
-    def __init__(self, block: Any, known: KnownSegments, compiled: bool) -> None:
-        self._block, self._known, self._compiled = block, known, compiled
-        self._gate_up = _fused(block.mlp) if hasattr(block.mlp, "gate_proj") and not compiled else None
+    def __init__(self, block: Any, known: KnownSegments) -> None:
+        self._block, self._known = block, known
+        self._gate_up = _fused(block.mlp) if hasattr(block.mlp, "gate_proj") else None
 
     def __call__(
         self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> Tensor:
         """Run rows [T, D]; the arguments are those of Hugging Face's block."""
         block, segments = self._block, self._known.of(cu_seqlens)
-        if self._compiled:
-            before, after = _compiled_halves()
-            query, key, value = before(block, hidden_states, *position_embeddings)
-            return after(block, hidden_states, attend(query, key, value, segments, block.attn.scaling))
         qkv = block.attn.qkv(_normed(block.norm1, hidden_states))
         rotated = _rotated(qkv, block.attn.num_heads, position_embeddings, cu_seqlens[:1])
         attended = block.attn.proj(attend(*rotated, segments, block.attn.scaling))
@@ -202,27 +196,6 @@ def _rotated(qkv: Tensor, num_heads: int, angles: tuple[Tensor, Tensor], zero: T
     key, value = qkv.new_empty(2, qkv.shape[0], num_heads, qkv.shape[1] // (3 * num_heads))
     query = rope_and_store(qkv, *angles, key.transpose(0, 1), value.transpose(0, 1), zero, 0)
     return query, key, value
-
-
-def _before(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key, value [T, H, d] of rows [T, D]; cos and sin are [T, d] float32 with equal halves."""
-    heads = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
-    first, second = heads[:, :2].float().chunk(2, -1)
-    half = cos.shape[-1] // 2
-    cos, sin = cos[:, None, None, :half], sin[:, None, None, :half]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)
-    return turned[:, 0], turned[:, 1], heads[:, 2]
-
-
-def _after(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    hidden = hidden + block.attn.proj(attended)
-    out: Tensor = hidden + block.mlp(block.norm2(hidden))
-    return out
-
-
-@cache
-def _compiled_halves() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
-    return torch.compile(_before, dynamic=True), torch.compile(_after, dynamic=True)
 
 
 def _embed(conv: nn.Conv3d, hidden_states: Tensor) -> Tensor:

@@ -176,6 +176,10 @@ class Family(Protocol):
         """
         ...
 
+    def prepare(self, model: Any) -> None:
+        """Serve a loaded HF model, on its device: make pixels in its dtype and its vision tower fast."""
+        ...
+
     def last_turn(self, input_ids: Tensor) -> int:
         """Return where the last user turn begins in a prompt's ids [S]."""
         ...

@@ -148,12 +148,11 @@ class VisionFamily(ABC):
         turns = (input_ids == self.tokenizer.convert_tokens_to_ids("<|im_start|>")).nonzero().squeeze(1)
         return int(turns[-2]) if turns.shape[0] >= 2 else 0
 
-    def prepare(self, model: Any, *, compiled: bool = False) -> None:
+    def prepare(self, model: Any) -> None:
         """Serve a loaded HF model, on its device: make pixels in its dtype and its vision tower fast.
 
         Args:
             model: the HF ...ForConditionalGeneration; its results stay the same.
-            compiled: compile the tower's blocks, where the family replaces them; see specvlm.vision.install.
         """
         self.pixel_dtype = model.dtype
 

@@ -73,10 +73,10 @@ class QwenVL(VisionFamily):
         }
         self.settings |= self._processors
 
-    def prepare(self, model: Any, *, compiled: bool = False) -> None:
+    def prepare(self, model: Any) -> None:
         """Serve a loaded HF model; see VisionFamily."""
         super().prepare(model)
-        vision.install(model.model.visual, compiled=compiled)
+        vision.install(model.model.visual)
 
     def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
         return [self._encode_one(frames, limits, device) for frames in media]

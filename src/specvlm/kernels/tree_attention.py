@@ -26,7 +26,7 @@ from specvlm.errors import ConfigError
 
 MAX_ROWS = 128  # a verification pass: the root and 127 tree nodes
 MAX_TREE_LEN = 255  # rows behind the prefix
-HEAD_DIMS = (64, 80, 96, 128)
+MAX_HEAD_DIM = 128
 _TILES = ((16, 0), (32, 0), (64, 0), (64, 16), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64))
 _INTERPRETED_PROCESSORS = 6  # stands for the multiprocessors where the kernel is interpreted
 
@@ -145,7 +145,8 @@ def tree_attention(
     result is deterministic.
 
     Args:
-        query: [B, q, H, d], 1 <= q <= 128, bfloat16, float16 or float32 (slow, for checks); d is 64, 80, 96 or 128.
+        query: [B, q, H, d], 1 <= q <= 128, bfloat16, float16 or float32 (slow, for checks); d is a multiple of 8 up
+            to 128.
         keys: [B, H_kv, capacity, d] view of the KV storage, last dimension contiguous. The new rows are stored already.
         values: like keys.
         prefix_len: [B] int32 on the device: the rows before are seen by all new rows. prefix_len + m <= capacity.
@@ -182,7 +183,7 @@ def tree_attention(
     partials, levels = workspace[: size - size // (dim + 1)], workspace[size - size // (dim + 1) :]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     overlap = {"launch_pdl": True} if config.overlap and _has_overlap(query.device) else {}
-    width = 1 << (dim - 1).bit_length()
+    width = max(16, 1 << (dim - 1).bit_length())
     kernels.attend_split[grid.row_tiles, grid.splits, grid.heads](
         query, keys, values, prefix_len, sees, partials, levels,
         grid.num_packed, tree_len, kv_heads, group, config.tail_cost,
@@ -240,8 +241,8 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, prefix_len: Tensor, sees
     """Raise a ConfigError that names the first argument that does not fit."""
     batch, num_rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    if dim not in HEAD_DIMS:
-        raise ConfigError(f"head dimension {dim} is not supported: {', '.join(map(str, HEAD_DIMS))} are")
+    if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
+        raise ConfigError(f"head dimension {dim} is not supported: multiples of 8 up to {MAX_HEAD_DIM} are")
     if not 1 <= num_rows <= MAX_ROWS:
         raise ConfigError(f"{num_rows} new rows are not supported: 1 to {MAX_ROWS} are")
     if keys.shape != values.shape or (keys.shape[0], keys.shape[3]) != (batch, dim) or heads % kv_heads:
