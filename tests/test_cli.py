@@ -30,7 +30,7 @@ SETTINGS = {  # another value than the default for every setting, as it is writt
     "score_rows": ("last_turn", "last_turn"), "prune_seed": ("3", 3), "drafter": ("none", "none"),
     "tree": ("0,1,00", "0,1,00"), "max_new_tokens": ("9", 9), "temperature": ("0.7", 0.7), "top_p": ("0.9", 0.9),
     "top_k": ("20", 20), "min_p": ("0.1", 0.1), "repetition_penalty": ("1.1", 1.1), "seed": ("4", 4),
-    "stop": ("END", ("END",)), "ignore_eos": (None, True),
+    "stop": ("END", ("END",)), "ignore_eos": (None, True), "eager": (None, True),
 }  # fmt: skip
 KEYS = {
     "": {"text", "token_ids", "finish_reason", "usage", "speculation", "seconds", "peak_memory_bytes", "config",
@@ -38,8 +38,9 @@ KEYS = {
     "usage": {"prompt_tokens", "visual_tokens", "kept_visual_tokens", "completion_tokens"},
     "speculation": {"rounds", "target_passes", "drafted_tokens", "accepted_tokens", "mean_accepted_length",
                     "acceptance_length", "accepted_per_depth"},
-    "seconds": {"read", "encode", "prefill", "prune", "draft_prefill", "decode", "time_to_first_token", "total"},
-    "config": {"models", "video", "prune", "draft", "sampling"},
+    "seconds": {"read", "encode", "prefill", "prune", "draft_prefill", "capture", "decode", "time_to_first_token",
+                "total"},
+    "config": {"models", "video", "prune", "draft", "sampling", "run"},
     "versions": {"python", "specvlm", "torch", "transformers", "av"},
 }  # fmt: skip
 
@@ -125,7 +126,7 @@ def test_plain_decoding_gives_the_same_ids_in_more_passes(run, clip):
 
 def test_no_draft_loads_no_draft(run, clip, monkeypatch):
     loaded = []
-    monkeypatch.setattr(SpecVLM, "from_pretrained", lambda **options: loaded.append(options) or 1 / 0)
+    monkeypatch.setattr(SpecVLM, "from_pretrained", lambda watch, **options: loaded.append(options) or 1 / 0)
     for options in (["--no-draft"], ["--drafter", "none"]):
         with pytest.raises(ZeroDivisionError):
             run("describe", clip, *options)
@@ -154,7 +155,7 @@ def test_progress_is_shown_on_a_terminal_and_gone_before_the_text(clip, monkeypa
     assert cli.main(["describe", clip, *PAIR, *SHORT]) == 0
     shown = both.getvalue().split("\r")
     steps = [line.strip() for line in shown if line.strip().endswith("...")]
-    assert [step.split()[0] for step in steps] == ["loading", "loading", "reading", "encoding", "prefilling"]
+    assert [step.split()[0] for step in steps] == ["loading", "loading", "loading", "reading", "encoding", "prefilling"]
     assert shown[-2].isspace()
     assert shown[-1] == SpecVLM.from_pretrained(TARGET).generate(clip, max_new_tokens=12).text + "\n"
 

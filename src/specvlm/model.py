@@ -226,7 +226,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def _progress(name: str, directory: str, place: torch.device, watch: Callable[[str], None]) -> Iterator[None]:
     """Tell `watch` how much of a checkpoint has arrived on a GPU, twice a second, while the block loads it."""
-    watch(f"loading {name}")
+    watch(f"loading {name}...")
     total = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) / 1e9
     if place.type != "cuda" or not total:
         yield
