@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -19,10 +20,18 @@ def command_line() -> str:
 
 def provenance(command: str) -> dict[str, Any]:
     """Return what a result depends on: command line, commit and package versions."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {"command": command, "commit": commit.stdout.strip() or None, "versions": versions()}
+    return {"command": command, "commit": _commit(), "versions": versions()}
+
+
+def _commit() -> str | None:
+    """Return the commit that runs; a copy without its history is told it by SPECVLM_COMMIT."""
+    if told := os.environ.get("SPECVLM_COMMIT"):
+        return told
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def writable(name: str) -> TextIO:
