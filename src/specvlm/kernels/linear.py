@@ -35,7 +35,7 @@ class LinearPlan:
 
     Attributes:
         block_t: rows of the input, padded to a power of two of 16 or more.
-        block_n: rows of the weight in a tile; with a gate, rows of each half.
+        block_n: rows of the weight in a tile.
         block_k: columns of a tile.
         stages: tiles in flight.
         warps: warps of a program.
@@ -64,10 +64,8 @@ class _Workspace:
     arrivals: Tensor  # int32, one for each block of rows; zero between launches
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, pdl: bool = False
-) -> Tensor:
-    """Return x W^T (+ bias) (+ residual), [..., N], with the same bits on every run.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+    """Return x W^T (+ bias), [..., N], with the same bits on every run.
 
     Triton on a Hopper GPU for at most 128 rows of a 2-byte type, `torch.nn.functional.linear` otherwise. Products on
     one device share a workspace: two must not run at once, and the first call must come before any graph is captured.
@@ -76,65 +74,44 @@ def linear(
         x: [..., K].
         weight: [N, K], as torch.nn.Linear holds it.
         bias: [N].
-        residual: [..., N], added to the rounded product.
         pdl: start while the kernel ahead drains; that kernel must not write to the weight, the bias excepted.
 
     Raises:
         ConfigError: the first call on a device is made while a graph is captured.
     """
     if not _served(x, weight):
-        y = F.linear(x, weight, bias)
-        return y if residual is None else residual + y
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    plan = _plan_for(rows, weight, weight.shape[0], pdl)
-    added = None if residual is None else residual.reshape(-1, weight.shape[0])
-    return stream_linear(rows, weight, bias, residual=added, plan=plan).view(*x.shape[:-1], weight.shape[0])
+    plan = _plan_for(rows, weight, pdl)
+    return stream_linear(rows, weight, bias, plan=plan).view(*x.shape[:-1], weight.shape[0])
 
 
-def gate_up_silu(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
-    """Return silu(x G^T) * (x U^T), [..., I], where `weight` is G over U, [2 * I, K]. As `linear` in all else."""
-    if not _served(x, weight):
-        gate, up = F.linear(x, weight).chunk(2, dim=-1)
-        return F.silu(gate) * up
-    rows = x.reshape(-1, x.shape[-1])
-    width = weight.shape[0] // 2
-    plan = _plan_for(rows, weight, width, pdl, gated=True)
-    return stream_linear(rows, weight, gated=True, plan=plan).view(*x.shape[:-1], width)
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Do what `linear` does with torch operations: sum in fp32 and round once, behind the bias."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """Do what `linear` does with torch operations: sum in fp32, round the product, round its sum with the residual."""
-    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    return y if residual is None else residual + y
-
-
-def gate_up_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """Do what `gate_up_silu` does with torch operations, rounding where transformers' MLPs round."""
-    gate, up = linear_reference(x, weight).chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def plan_linear(rows: int, outputs: int, inputs: int, sms: int, *, gated: bool = False) -> LinearPlan:
+def plan_linear(rows: int, outputs: int, inputs: int, sms: int) -> LinearPlan:
     """Choose the plan of a product of [rows, inputs] with [outputs, inputs] on `sms` multiprocessors.
 
     Measured on an H200 at 1 and 26 rows: long tiles (64 x 256) are fastest for every layer of every size, square ones
     for output heads. With more rows the input's share of the shared memory asks for shorter tiles.
     """
     block_t = max(16, 1 << (rows - 1).bit_length())
-    block_n, block_k = (64, 256) if block_t <= 32 else (64, 64) if gated else (128, 64)
-    if gated:
-        block_k = min(block_k, 128)
-    elif outputs >= _HEAD_OUTPUTS and block_t <= 32:
+    if block_t > 32:
+        block_n, block_k = 128, 64
+    elif outputs >= _HEAD_OUTPUTS:
         block_n, block_k = 128, 128
+    else:
+        block_n, block_k = 64, 256
     tiles = -(-outputs // block_n) * -(-inputs // block_k)
-    halves = 2 if gated else 1
-    stage_bytes = 2 * (halves * block_n + block_t) * block_k
-    epilogue_bytes = 4 * block_n * block_t * halves
+    stage_bytes = 2 * (block_n + block_t) * block_k
+    epilogue_bytes = 4 * block_n * block_t
     return LinearPlan(
         block_t=block_t,
         block_n=block_n,
         block_k=block_k,
-        stages=max(2, min(9, (_SHARED_BYTES - epilogue_bytes) // stage_bytes)),
+        stages=(_SHARED_BYTES - epilogue_bytes) // stage_bytes,
         warps=4,
         programs=min(sms, tiles),
         tma=inputs % 8 == 0,
@@ -148,22 +125,19 @@ def stream_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    residual: Tensor | None = None,
-    gated: bool = False,
     plan: LinearPlan,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernel with a given plan; the arguments are those of `linear` and `gate_up_silu`, x as [T, K].
+    """Launch the kernel with a given plan; the arguments are those of `linear`, x as [T, K] and out as [T, N].
 
     Raises:
         ConfigError: the plan asks for more programs or larger blocks than the workspace holds.
     """
     rows, inputs = x.shape
-    outputs = weight.shape[0] // (2 if gated else 1)
+    outputs = weight.shape[0]
     blocks = -(-outputs // plan.block_n)
-    area = plan.block_n * plan.block_t * (2 if gated else 1)
     programs = min(plan.programs, blocks * -(-inputs // plan.block_k))
-    if blocks > _MAX_BLOCKS or 2 * programs * area > _PARTIAL_FLOATS:
+    if blocks > _MAX_BLOCKS or 2 * programs * plan.block_n * plan.block_t > _PARTIAL_FLOATS:
         raise ConfigError(f"{plan} does not fit the workspace for {outputs} outputs: take fewer programs")
     space = _workspace(x.device)
     y = x.new_empty((rows, outputs)) if out is None else out
@@ -172,7 +146,6 @@ def stream_linear(
         _tiles(weight, plan.block_n, plan) if plan.tma else weight,
         weight,
         bias,
-        None if residual is None else residual.contiguous(),
         y,
         space.partial,
         space.arrivals,
@@ -188,9 +161,7 @@ def stream_linear(
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
         STAGES=plan.stages,
-        GATED=gated,
         HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
         TMA=plan.tma,
         EVEN=not plan.tma and outputs % plan.block_n == 0 and inputs % plan.block_k == 0,
         PDL=plan.pdl,
@@ -209,10 +180,10 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     return 1 <= rows <= MAX_ROWS and weight.stride(1) == 1 and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def _plan_for(x: Tensor, weight: Tensor, outputs: int, pdl: bool, *, gated: bool = False) -> LinearPlan:
+def _plan_for(x: Tensor, weight: Tensor, pdl: bool) -> LinearPlan:
     """Return the plan for these tensors: that of their shape, through pointers where the copy engine takes no rows."""
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    plan = replace(plan_linear(x.shape[0], outputs, x.shape[1], sms, gated=gated), pdl=pdl)
+    plan = replace(plan_linear(x.shape[0], weight.shape[0], x.shape[1], sms), pdl=pdl)
     if all(part.data_ptr() % 16 == 0 and part.stride(0) % 8 == 0 for part in (x, weight)):
         return plan
     return replace(plan, tma=False, prefetch=0)

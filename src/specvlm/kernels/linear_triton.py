@@ -82,26 +82,12 @@ def _load_rows(
 
 
 @triton.jit
-def _store(y, total, bias, residual, n, t, T, N, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Round and store rows n of the product, [BLOCK_N, BLOCK_T], as columns n of y."""
-    inside = (n < N)[:, None] & (t < T)[None, :]
-    places = t[None, :] * N + n[:, None]
+def _store(y, total, bias, n, t, T, N, HAS_BIAS: tl.constexpr):
+    """Add the bias to rows n of the product, [BLOCK_N, BLOCK_T], round them and store them as columns n of y."""
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    result = total.to(y.dtype.element_ty)
-    if HAS_RESIDUAL:
-        result = (result.to(tl.float32) + tl.load(residual + places, mask=inside).to(tl.float32)).to(y.dtype.element_ty)
-    tl.store(y + places, result, mask=inside)
-
-
-@triton.jit
-def _store_gated(y, gate, up, n, t, T, N):
-    """Store silu(gate) * up, rounded to y's type at every step, as transformers' MLPs do."""
-    gate = gate.to(y.dtype.element_ty).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
-    result = activated * up.to(y.dtype.element_ty).to(tl.float32)
     inside = (n < N)[:, None] & (t < T)[None, :]
-    tl.store(y + t[None, :] * N + n[:, None], result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + t[None, :] * N + n[:, None], total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -115,55 +101,42 @@ def _sum_partials(partial, cells, low, high, AREA: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "programs", "prefetch", "trigger"])
 def stream_linear(
-    x, weight, weight_rows, bias, residual, y, partial, arrivals, T, N, K, x_stride, w_stride, programs,
-    prefetch, trigger,
+    x, weight, weight_rows, bias, y, partial, arrivals, T, N, K, x_stride, w_stride, programs, prefetch, trigger,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, GPU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = x W^T (+ bias) (+ residual), or with GATED y = silu(x G^T) * (x U^T) where W is G over U.
+    """Compute y = x W^T (+ bias).
 
-    Args: x [T, K] and weight [N or 2 N, K] as pointers, or with TMA as descriptors of their tiles; weight_rows the
-    pointer to the weight; y and residual [T, N]; partial: 2 * programs areas of BLOCK_N * BLOCK_T floats (twice that
-    with GATED); arrivals: a zero for each block of rows, left zero; prefetch and trigger count tiles: brought into the
-    L2 before the kernel ahead has ended; still to do when the next one may start. EVEN: no tile reaches over the
-    weight's edge. Without GPU (the interpreter) programs run one after another.
+    Args: x [T, K] and weight [N, K] as pointers, or with TMA as descriptors of their tiles; weight_rows the pointer to
+    the weight; bias [N]; y [T, N]; partial: 2 * programs areas of BLOCK_N * BLOCK_T floats; arrivals: a zero for each
+    block of rows, left zero; prefetch and trigger count tiles: brought into the L2 before the kernel ahead has ended;
+    still to do when the next one may start. EVEN: no tile reaches over the weight's edge. Without GPU (the interpreter)
+    programs run one after another.
     """
     program = tl.program_id(0)
     k_tiles = (K + BLOCK_K - 1) // BLOCK_K
     tiles = (N + BLOCK_N - 1) // BLOCK_N * k_tiles
     first = tiles * program // programs
     last = tiles * (program + 1) // programs
-    weight_end = N
-    if GATED:
-        weight_end = 2 * N
     if PDL:
         if prefetch > 0:
             block = first // k_tiles
             column = (first - block * k_tiles) * BLOCK_K
             _fetch_rows(weight_rows, block * BLOCK_N, column, N, K, w_stride, prefetch * BLOCK_K, BLOCK_N)
-            if GATED:
-                _fetch_rows(weight_rows, block * BLOCK_N + N, column, 2 * N, K, w_stride, prefetch * BLOCK_K, BLOCK_N)
         tl.extra.cuda.gdc_wait()
 
     t = tl.arange(0, BLOCK_T)
     cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
-    HALF: tl.constexpr = BLOCK_N * BLOCK_T
-    AREA: tl.constexpr = 2 * HALF if GATED else HALF
+    AREA: tl.constexpr = BLOCK_N * BLOCK_T
     total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
-    if GATED:
-        up = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
     for index in tl.range(first, last, num_stages=STAGES):
         block = index // k_tiles
         k = index - block * k_tiles
         row = block * BLOCK_N
         column = k * BLOCK_K
-        w = _load_weight(weight, row, column, weight_end, K, w_stride, BLOCK_N, BLOCK_K, TMA, EVEN)
+        w = _load_weight(weight, row, column, N, K, w_stride, BLOCK_N, BLOCK_K, TMA, EVEN)
         rows = _load_rows(x, column, T, K, x_stride, BLOCK_T, BLOCK_K, TMA, EVEN)
         total = tl.dot(w, rows.T, total)
-        if GATED:
-            w = _load_weight(weight, row + N, column, weight_end, K, w_stride, BLOCK_N, BLOCK_K, TMA, EVEN)
-            up = tl.dot(w, rows.T, up)
         if PDL:  # noqa: SIM102 - one is known when compiling, the other is not
             if index == tl.maximum(first, last - trigger):
                 tl.extra.cuda.gdc_launch_dependents()
@@ -173,27 +146,17 @@ def stream_linear(
             n = row + tl.arange(0, BLOCK_N)
             begins = index - k >= first
             if begins & ends:
-                if GATED:
-                    _store_gated(y, total, up, n, t, T, N)
-                else:
-                    _store(y, total, bias, residual, n, t, T, N, HAS_BIAS, HAS_RESIDUAL)
+                _store(y, total, bias, n, t, T, N, HAS_BIAS)
             else:
                 # at most two of a share's blocks are shared: one begun by an earlier program, one left to a later one
                 own = partial + (2 * program + begins.to(tl.int32)) * AREA
                 tl.store(own + cells, total)
-                if GATED:
-                    tl.store(own + HALF + cells, up)
                 if GPU:
                     _barrier()
                 low = _owner(index - k, tiles, programs)
                 high = _owner(index - k + k_tiles - 1, tiles, programs)
                 if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == high - low:
                     whole = _sum_partials(partial, cells, low, high, AREA)
-                    if GATED:
-                        _store_gated(y, whole, _sum_partials(partial + HALF, cells, low, high, AREA), n, t, T, N)
-                    else:
-                        _store(y, whole, bias, residual, n, t, T, N, HAS_BIAS, HAS_RESIDUAL)
+                    _store(y, whole, bias, n, t, T, N, HAS_BIAS)
                     tl.store(arrivals + block, 0)
             total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
-            if GATED:
-                up = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
