@@ -18,7 +18,7 @@ CLIP := src/specvlm/bundled/clips/example.mp4
 # Beside the environment, never in it: torchvision, the oracle for pixels, which without its own build of torch breaks
 # transformers when it is imported, and the older transformers that is served as well.
 .venv/test: .venv/demo
-	$(BIN)/pip install -q -e ".[test]" "transformers==5.23.0" "triton==3.9.0"
+	$(BIN)/pip install -q -e ".[test,bench]" "transformers==5.23.0" "triton==3.9.0"
 	$(BIN)/pip install -q --no-deps --target .venv/oracle torchvision==0.28.0
 	$(BIN)/pip install -q --no-deps --target .venv/older transformers==5.17.0 "huggingface_hub<2"
 	touch $@

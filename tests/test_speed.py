@@ -509,10 +509,11 @@ def test_speedup_is_over_plain_decoding_of_the_same_length():
     assert "| paper keep 0.1 | 2.00 (2.00 to 2.00) | 2.00 |" in summary.table(LINES)
 
 
-def test_plots_are_written(tmp_path):
+@pytest.mark.parametrize("lines", [LINES, LINES[::2]], ids=["several lengths", "one length"])
+def test_plots_are_written(tmp_path, lines):
     pytest.importorskip("matplotlib")
     failed = line("tree", 128, 1.0, "paper") | {"ms_per_token": None, "error": "x"}
-    files = plots.draw([*LINES, failed], str(tmp_path / "plots"))
+    files = plots.draw([*lines, failed], str(tmp_path / "plots"))
     assert [file.name for file in files] == ["a-b-speed.png", "a-b-stages.png", "a-b-steps.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 

@@ -63,7 +63,23 @@ def _figure(width: float, height: float, columns: int, title: str) -> tuple[Any,
 
 
 def _speed(part: Sequence[Line]) -> Any:
-    """Draw ms a token, and the speedup over this engine's plain decoding, over the visual tokens."""
+    """Draw ms a token and the speedup over this engine's plain decoding, over the visual tokens where they differ."""
+    return _over_lengths(part) if len({line["visual_tokens"] for line in part}) > 1 else _at_one_length(part)
+
+
+def _at_one_length(part: Sequence[Line]) -> Any:
+    figure, axes = _bars(f"{part[0]['pair']}, {part[0]['visual_tokens']:,} visual tokens", len(part))
+    for place, line in enumerate(part):
+        ms, gain = line["ms_per_token"]["median"], speedup(line, part)
+        axes.barh(place, ms, color=_COLOURS[0], height=0.7)
+        text = f" {ms:.1f}" if gain is None else f" {ms:.1f}  ({gain:.2f}x plain)"
+        axes.annotate(text, (ms, place), va="center", fontsize=8)
+    axes.set_yticks(range(len(part)), _rows(part), fontsize=8)
+    axes.set(xlabel="ms a token", xlim=(0, 1.2 * max(line["ms_per_token"]["median"] for line in part)))
+    return figure
+
+
+def _over_lengths(part: Sequence[Line]) -> Any:
     figure, (times, gains) = _figure(11, 4.5, 2, part[0]["pair"])
     names = list(dict.fromkeys(map(label, part)))
     for place, name in enumerate(names):
