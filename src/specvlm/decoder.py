@@ -19,6 +19,7 @@ from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.linear import linear
 from specvlm.kernels.norm import add_rms_norm
 from specvlm.kernels.rope import rope_and_store
+from specvlm.kernels.tree_attention import is_served
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
 
@@ -114,9 +115,11 @@ class Decoder:
         return normed
 
 
-def is_supported(text: Any) -> bool:
-    """Whether the layers of a Hugging Face language model are what the fused decoder computes."""
-    return all(_is_llama_like(layer) for layer in text.layers) and hasattr(text.norm, "variance_epsilon")
+def is_supported(text: Any, device: torch.device) -> bool:
+    """Whether the layers of a Hugging Face language model are what the fused decoder computes, on this device."""
+    if not hasattr(text.norm, "variance_epsilon") or not all(_is_llama_like(layer) for layer in text.layers):
+        return False
+    return device.type != "cuda" or is_served(text.layers[0].self_attn.head_dim)
 
 
 def _is_llama_like(layer: Any) -> bool:

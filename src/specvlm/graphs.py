@@ -8,6 +8,7 @@ A workspace serves one session at a time and is handed on with its graphs: the n
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ _ROUND_UP = 1024  # rows: capacities of similar requests coincide, so that their
 _MOST_FREE = 2  # a model that drafts for itself leases two at a time
 
 
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: Triton launches and graphs replay there, whatever their tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Graph:
     """A function of no arguments, captured once, that reads and writes memory of fixed place.
 
@@ -29,7 +35,7 @@ class Graph:
     """
 
     def __init__(self, run: Callable[[], Tensor], pool: Any, device: torch.device) -> None:
-        with torch.cuda.device(device):
+        with on(device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

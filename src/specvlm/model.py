@@ -19,7 +19,7 @@ from specvlm import attention, tree
 from specvlm.decoder import Decoder, is_supported
 from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
 from specvlm.families import Family, Inputs, Prompt, family_for
-from specvlm.graphs import Workspaces
+from specvlm.graphs import Workspaces, on
 from specvlm.session import FusedSession, HFSession, Session
 
 
@@ -43,7 +43,7 @@ class VideoLM:
         self.vocab_size: int = hf.lm_head.weight.shape[0]
         self.context_len: int = text.max_position_embeddings
         language_model = hf.model.language_model
-        self.decoder = Decoder(language_model) if is_supported(language_model) else None
+        self.decoder = Decoder(language_model) if is_supported(language_model, self.device) else None
         shape = (text.num_hidden_layers, text.num_key_value_heads, _head_dim(text))
         self.workspaces = Workspaces(shape, hf.lm_head.weight.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
@@ -92,7 +92,8 @@ class VideoLM:
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Prompt:
         """Run the vision tower; return the prompt as the language model takes it."""
-        return self.family.merged(self.hf, inputs.to(self.device))
+        with on(self.device):
+            return self.family.merged(self.hf, inputs.to(self.device))
 
     @torch.inference_mode()
     def start(

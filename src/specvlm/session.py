@@ -14,6 +14,7 @@ from specvlm import attention, tree
 from specvlm.cache import KVCache
 from specvlm.decoder import Decoder
 from specvlm.families import Prompt
+from specvlm.graphs import on
 from specvlm.kernels.linear import linear
 from specvlm.kernels.tree_attention import tree_attention
 from specvlm.upload import upload
@@ -56,11 +57,12 @@ class Session(ABC):
     def prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
         """Store the rows of the prompt, in chunks of bounded size; return the logits [vocab] after the last one."""
         self.cache.reserve(len(prompt))
-        for part in prompt.chunks(PREFILL_ROWS):
-            hidden = self._prefill(part, scores)
-            self.cache.advance(len(part))
-        self.length = self.cache.length
-        return self.model.logits(hidden)
+        with on(self.model.device):
+            for part in prompt.chunks(PREFILL_ROWS):
+                hidden = self._prefill(part, scores)
+                self.cache.advance(len(part))
+            self.length = self.cache.length
+            return self.model.logits(hidden)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
@@ -196,7 +198,8 @@ class FusedSession(Session):
     def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
         """Run the function, on a GPU as a CUDA graph that is captured the first time."""
         self.workspace.set_state(self.length, self.position)
-        return self.workspace.run(key, function) if self.is_captured else function()
+        with on(self.model.device):
+            return self.workspace.run(key, function) if self.is_captured else function()
 
     @property
     def is_captured(self) -> bool:

@@ -12,6 +12,7 @@ the storage alone.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def _processors(device: torch.device) -> int:
 @cache
 def _has_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def is_served(head_dim: int) -> bool:
+    """Whether the kernel runs on a GPU with heads of this size: Triton is there, and the size is allowed."""
+    return importlib.util.find_spec("triton") is not None and _is_allowed(head_dim)
+
+
+def _is_allowed(head_dim: int) -> bool:
+    return 8 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
 def workspace_for(
@@ -248,7 +258,7 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, prefix_len: Tensor, sees
     """Raise a ConfigError that names the first argument that does not fit."""
     batch, num_rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
+    if not _is_allowed(dim):
         raise ConfigError(f"head dimension {dim} is not supported: multiples of 8 up to {MAX_HEAD_DIM} are")
     if not 1 <= num_rows <= MAX_ROWS:
         raise ConfigError(f"{num_rows} new rows are not supported: 1 to {MAX_ROWS} are")
