@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from specvlm import ConfigError, SpecVLM, cli
 from specvlm.bench import clips, hardware, passes, peers, planted, plots, published, runner, speed, steps, summary
 from specvlm.bench import vllm_plain as vllm
-from specvlm.bench.subjects import PlantedSource
+from specvlm.bench.subjects import CheckpointSource, PlantedSource
 from specvlm.engine import bundled
 from specvlm.errors import CapacityError
 from specvlm.tree import parse
@@ -477,6 +477,15 @@ def test_vllms_failure_is_one_line(fake_vllm):
     config = PlantedSource.of(PAIRS[0], is_tiny=False, seed=0).config()
     with pytest.raises(CapacityError, match="ended with status 1: RuntimeError: too large"):
         vllm.measure(config, "float32", [128], num_tokens=9, repeats=1)
+
+
+def test_vllm_without_an_interpreter_or_a_model_stops_nothing(monkeypatch):
+    assert not vllm.is_installed("/nowhere/python")
+    monkeypatch.setattr(vllm, "is_installed", lambda python: True)
+    args = (CheckpointSource("/nowhere", "x"), speed.Sweep(), torch.device("cuda"), torch.bfloat16, print, "python")
+    [record] = runner._vllm(*args)
+    assert (record.method, record.visual_tokens) == ("vllm-plain", 16384)
+    assert "/nowhere" in record.error
 
 
 def test_vllm_gets_the_language_shapes():

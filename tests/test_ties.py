@@ -23,9 +23,21 @@ def test_in_fp32_nothing_differs(pair):
     assert "lossless up to ties: yes" in found.table()
 
 
-def test_a_wrong_engine_is_no_tie(pair, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"eager": True}, {"repetition_penalty": 1.6, "temperature": 1.0}])
+def test_a_wrong_engine_is_no_tie_whatever_is_set(pair, monkeypatch, settings):
+    """What is judged is the fused engine, by the logits that choose."""
     monkeypatch.setattr(pair.target.decoder, "scaling", 2 * pair.target.decoder.scaling)
-    found = ties(short(pair), tiny.video(6), PROMPT)
+    model = SpecVLM(pair.target, pair.draft, short(pair).config.replace(**settings))
+    requests = []
+
+    def request(*args, **kwargs):
+        requests.append(SpecVLM.request(model, *args, **kwargs))
+        return requests[-1]
+
+    monkeypatch.setattr(model, "request", request)
+    found = ties(model, tiny.video(6), PROMPT)
+    assert [made.config.run.eager for made in requests] == [True, True, False, False]
+    assert {made.config.sampling.penalty for made in requests} == {1.0}
     assert not found.is_lossless
     assert "NO" in found.table()
 

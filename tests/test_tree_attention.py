@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,6 +254,15 @@ def test_layouts_fit_the_chip_and_a_step_of_the_merge(kv_heads):
         assert config.programs * config.warps * 32 * 255 <= 65536  # every thread may use 255 registers
         splits = module._grid(config, num_packed, kv_heads, None, 132).splits
         assert splits <= module._MERGE_CHUNK or kv_heads == 2  # 66: two heads need them to fill the chip
+
+
+def test_on_a_gpu_of_little_shared_memory_the_pipeline_is_short():
+    for num_packed in range(1, 897):
+        config = choose_config(num_packed, 8)
+        assert module._fitting(config, 164 << 10) == config  # A100
+        short = module._fitting(config, 100 << 10)  # 86 KiB is what (128, 16) takes compiled for such a GPU
+        assert short == replace(config, stages=2)
+    assert module._fitting(choose_config(4, 8, is_half=False), 100 << 10).stages == 1
 
 
 def broken(**changes):

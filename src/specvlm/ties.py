@@ -4,6 +4,7 @@ In fp32 all ways of decoding give the same ids. In bf16 a pass over many rows ro
 row, and where two candidates are nearly equal the other one can win. The reference is the Hugging Face modules, one row
 a pass. The yardstick is those modules again, over the reference's text with 26 rows a pass: how far a logit moves by
 rounding alone. A first difference is a tie when the gap between its two candidates is no wider than both may move.
+A repetition penalty stays out of it, the checkpoint's too: candidates are compared by the logits of the passes.
 """
 
 from __future__ import annotations
@@ -114,13 +115,16 @@ def ties(
     frames = video.load(source, model.config.video)
 
     def request(name: str, **settings: Any) -> Request:
-        made = model.request(frames, prompt, temperature=0.0, **settings)
+        made = model.request(frames, prompt, temperature=0.0, repetition_penalty=1.0, **settings)
         made.seconds.on_stage = watch(f"{name}: ")
         return made
 
     reference = _decode(model, request("reference", drafter="none", eager=True))
     rounding = _moved(reference, _forced(model, request("yardstick", drafter="none", eager=True), reference))
-    others = {"plain": _decode(model, request("plain", drafter="none")), "speculative": _decode(model, request("tree"))}
+    others = {
+        "plain": _decode(model, request("plain", drafter="none", eager=False)),
+        "speculative": _decode(model, request("speculative", eager=False)),
+    }
     found = tuple(_judge(model, name, reference, other, rounding) for name, other in others.items())
     return Ties(model.models["dtype"] or "", found)
 

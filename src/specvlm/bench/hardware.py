@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm.graphs import on
 from specvlm.model import VideoLM
 
 _REPEATS = 20
@@ -34,13 +35,14 @@ def timed(
             between()
         return times
     rounds = []
-    for _ in range(repeats):
-        marks = [_mark()]
-        for call in calls:
-            call()
-            marks.append(_mark())
-        rounds.append(marks)
-        between()
+    with on(device):  # else events are recorded on another GPU's stream
+        for _ in range(repeats):
+            marks = [_mark()]
+            for call in calls:
+                call()
+                marks.append(_mark())
+            rounds.append(marks)
+            between()
     torch.cuda.synchronize(device)
     return [[marks[n].elapsed_time(marks[n + 1]) for marks in rounds] for n in range(len(calls))]
 

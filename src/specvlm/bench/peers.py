@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specvlm.bench.passes import Pass, synchronize
 from specvlm.engine import Prefilled, SpecVLM
+from specvlm.graphs import on
 from specvlm.report import measure_peak, reset_peak
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -46,11 +47,12 @@ def generate(model: SpecVLM, start: Prefilled, method: str, num_tokens: int) -> 
     ids, clock = start.inputs.input_ids, _Clock()
     options: dict[str, Any] = dict(PEERS[method])
     reset_peak(*devices)
-    with ExitStack() as attentions:
-        attentions.enter_context(target.stock_attention())
+    with ExitStack() as contexts:
+        contexts.enter_context(on(target.device))  # the vision tower's kernels are Triton's
+        contexts.enter_context(target.stock_attention())
         if method == "transformers-assisted":
             assert model.draft is not None
-            attentions.enter_context(model.draft.stock_attention())
+            contexts.enter_context(model.draft.stock_attention())
             options["assistant_model"] = model.draft.hf
         synchronize(*devices)
         begin = time.perf_counter()

@@ -94,7 +94,11 @@ def _vllm(
         warnings.warn(text, BenchWarning, stacklevel=1)
         return
     watch(f"{source.name}: vLLM")
-    config, number = source.config(), str(dtype).removeprefix("torch.")
+    config, number = attempt(source.config), str(dtype).removeprefix("torch.")
+    if isinstance(config, str):
+        for wanted in sweep.visual_tokens:
+            yield failed(source.name, _VLLM, wanted, config)
+        return
     counts = [reachable(config, wanted) for wanted in sweep.visual_tokens]
     lengths = [count + TEXT_TOKENS for count in counts]
     answer = attempt(lambda: vllm_plain.measure(config, number, lengths, sweep.num_tokens, sweep.slow_repeats, python))

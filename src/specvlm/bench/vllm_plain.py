@@ -26,9 +26,12 @@ _SHAPES = (
 
 
 def is_installed(python: str) -> bool:
-    """Whether that interpreter finds vLLM."""
+    """Whether that interpreter is there and finds vLLM."""
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def language_config(config: Any) -> dict[str, Any]:

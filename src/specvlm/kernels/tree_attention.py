@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -29,6 +29,7 @@ MAX_ROWS = 128  # a verification pass: the root and 127 tree nodes
 MAX_TREE_LEN = 255  # rows behind the prefix
 MAX_HEAD_DIM = 128
 _MERGE_CHUNK = 64  # splits that the merge takes at a time
+_DEEP_PIPELINE_BYTES = 160 << 10  # shared memory that every layout fits, an A100's and more; an RTX 4090 has 100 KiB
 _INTERPRETED_PROCESSORS = 6  # stands for the multiprocessors where the kernel is interpreted
 
 
@@ -82,6 +83,11 @@ def choose_config(num_packed: int, kv_heads: int, is_half: bool = True) -> Confi
     return Config(rows, warps=8, stages=3, programs=1, merge_warps=merge_warps)
 
 
+def _fitting(config: Config, shared_bytes: int) -> Config:
+    """Return a layout for multiprocessors of this much shared memory: a short pipeline fits in 84 KiB."""
+    return config if shared_bytes >= _DEEP_PIPELINE_BYTES else replace(config, stages=min(config.stages, 2))
+
+
 @dataclass(frozen=True)
 class _Grid:
     """What follows from a config and the shapes: see `attend_split`."""
@@ -110,6 +116,13 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _DEEP_PIPELINE_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 @cache
@@ -186,7 +199,9 @@ def tree_attention(
     batch, num_rows, heads, dim = query.shape
     kv_heads, capacity, tree_len = keys.shape[1], keys.shape[2], sees.shape[1]
     group = heads // kv_heads
-    config = config or choose_config(num_rows * group, batch * kv_heads, query.dtype != torch.float32)
+    if config is None:
+        config = choose_config(num_rows * group, batch * kv_heads, query.dtype != torch.float32)
+        config = _fitting(config, _shared_bytes(query.device))
     if query.dtype == torch.bfloat16 and query.device.type == "cpu":  # the interpreter multiplies its bits as integers
         query, keys, values = query.float(), keys.float(), values.float()
         wide = tree_attention(
