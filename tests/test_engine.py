@@ -15,6 +15,7 @@ from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune, tree, verify
 from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
+from specvlm.report import Seconds
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -357,6 +358,55 @@ def test_sampling_end_to_end_has_the_targets_law():
     assert accepted > 500  # the law was kept by accepting, not by rejecting everything
 
 
+def test_a_tree_that_sampling_cannot_fill_keeps_its_shape_and_the_targets_law():
+    """top_k 2 leaves the third and fourth siblings of the paper's tree without a token; chi-square as above.
+
+    The statistic of 3 degrees of freedom exceeds 36 with probability 8e-8.
+    """
+    model = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    settings = {"temperature": 1.5, "top_k": 2, "max_new_tokens": 3, "keep_ratio": 1.0}
+    start = model.prefill(model.request(tiny.video(2), PROMPT, **settings))
+    sampling = model.request(None, **settings).config.sampling
+    law = {}
+    for one, first in enumerate(verify.logits_to_probs(start.logits[None], sampling)[0].tolist()):
+        if first > 0:
+            start.session.rollback()
+            second = verify.logits_to_probs(start.session.step(torch.tensor([one]), [-1]), sampling)[0]
+            law |= {(one, two): first * second[two].item() for two in second.nonzero().flatten().tolist()}
+    assert len(law) == 4
+    counts, voids = dict.fromkeys(law, 0), 0
+    for seed in range(300):
+        start.session.rollback()
+        rounds = list(model.decode(model.request(None, **settings, seed=seed), start))
+        counts[tuple(token for latest in rounds for token in latest.token_ids)[:2]] += 1
+        voids += sum(int((latest.draft.tokens < 0).sum()) for latest in rounds)
+        assert {len(latest.draft.parents) for latest in rounds[1:]} <= {0, 25}
+    assert voids > 0
+    assert sum((counts[text] - 300 * p) ** 2 / (300 * p) for text, p in law.items()) < 36
+
+
+def test_calls_may_stand_inside_inference_mode_and_outside(pair):
+    with torch.inference_mode():
+        inside = ask(pair, repetition_penalty=1.4)
+    assert ask(pair, repetition_penalty=1.4).token_ids == inside.token_ids
+
+
+def test_a_prefill_says_what_it_has_no_room_for(pair):
+    start = pair.prefill(pair.request(tiny.video(2), PROMPT, max_new_tokens=4))
+    with pytest.raises(CapacityError, match="no room for max_new_tokens=4000: prefill again"):
+        next(pair.decode(pair.request(None, PROMPT, max_new_tokens=4000), start))
+
+
+def test_a_draft_of_too_many_nodes_is_named(pair, monkeypatch):
+    class Wide(DRAFTERS["none"]):
+        def propose(self, token, budget):
+            return verify.Draft(torch.zeros(200, dtype=torch.int64), (-1,) * 200)
+
+    monkeypatch.setitem(DRAFTERS, "wide", Wide)
+    with pytest.raises(ConfigError, match="200 drafted nodes are too many: a pass verifies at most 127"):
+        ask(pair, drafter="wide")
+
+
 def test_a_seed_repeats_a_sampled_text(pair):
     settings = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "tree": "paper"}
     first, again, other = (ask(pair, seed=seed, **settings).token_ids for seed in (1, 1, 2))
@@ -376,6 +426,20 @@ def test_the_account_adds_up(pair):
     assert seconds["time_to_first_token"] < seconds["total"]
     stages = ("read", "encode", "prefill", "prune", "draft_prefill", "decode")
     assert sum(seconds[stage] for stage in stages) <= seconds["total"]
+
+
+def test_a_stage_within_a_stage_is_counted_once(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("specvlm.report.time.perf_counter", lambda: next(clock))
+    seconds = Seconds()
+    with seconds.stage("decode"):  # from 1
+        with seconds.stage("capture"):  # from 2 to 3
+            pass
+        with seconds.stage("capture"):  # from 4 to 5
+            pass
+    with seconds.stage("decode"):  # from 7 to 8
+        pass
+    assert (seconds["capture"], seconds["decode"]) == (2, 6 - 1 - 2 + 1)
 
 
 def test_a_prompt_beyond_the_context_is_refused(pair):

@@ -14,7 +14,7 @@ from specvlm.model import VideoLM
 from specvlm.session import FusedSession, HFSession
 
 PROMPT = "What happens in the video?"
-TREES = ("chain:1", "chain:5", "paper", "0,1,2,00,02,020")
+TREES = ("chain:1", "chain:5", "paper", "0,1,2,00,01,02,020")
 
 
 def prefilled(pair, num_frames=6, **settings):
@@ -42,6 +42,9 @@ def test_fused_layers_give_what_the_modules_give(pair):
         close(*late)
         later = [start.session.step(tokens[:2], [0, 0]) for start in (fused, eager)]  # behind the row before
         close(*later)
+        for start, found in zip((fused, eager), later, strict=True):
+            start.session.keep(())
+            close(start.session.step(tokens[[0, 0, 1]], [-1, 0, 0])[1:], found)
         for start in (fused, eager):
             start.session.rollback()
 
@@ -105,7 +108,9 @@ def test_storage_is_handed_on_but_never_shared():
     del first
     third = prefilled(model)
     assert third.session.workspace is one
-    del third, second
+    fourth = prefilled(model)
+    assert fourth.session.workspace not in (one, two)
+    del fourth, third, second
     assert prefilled(model, 2).session.workspace in (one, two)
 
 

@@ -37,6 +37,8 @@ def test_paths_may_come_in_any_order():
         ("0,0", "stands once"),
         ("0,x", "'x'"),
         ("0,10", "add '1'"),
+        ("1", "add '0'"),
+        ("0,00,02", "add '01'"),
         (tuple(str(i) * n for i in range(10) for n in range(1, 14)), "130 nodes"),
     ],
 )

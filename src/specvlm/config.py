@@ -169,7 +169,8 @@ class RunConfig:
     """How passes are computed; the words do not depend on it."""
 
     eager: bool = _setting(
-        False, "run the Hugging Face modules as they are: no fused kernels, no CUDA graphs (the slow reference)"
+        False,
+        "run the Hugging Face language layers as they are: no fused kernels, no CUDA graphs (the slow reference)",
     )
 
     def __post_init__(self) -> None:

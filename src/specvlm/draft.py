@@ -124,6 +124,7 @@ class _Level:
     num_choices: int  # candidates a row
     inner: Tensor  # [r] int64, places within this depth of the nodes that have children
     parents: tuple[int, ...]  # of each inner node: its parent among the rows of the round
+    rows: tuple[int, ...]  # of each row just run: its place in Draft.probs
     paths: tuple[Tensor, Tensor]  # rows [P] and nodes [P]: drafted tokens on the paths of the rows just run
 
 
@@ -148,6 +149,7 @@ def _levels(topology: tree.Tree, device: torch.device) -> list[_Level]:
                 count,
                 upload([node - begin for node in inner], device),
                 tuple(row_of[topology.parents[node]] for node in inner),
+                tuple(node + 1 for node in running),
                 (upload([row for row, _ in paths], device), upload([node for _, node in paths], device)),
             )
         )
@@ -178,6 +180,7 @@ class ModelDrafter:
         self.device = model.device
         self._tree = tree.parse(config.tree)
 
+    @torch.inference_mode()
     def begin(self, context: Context) -> None:
         """Encode, prune and prefill the prompt on the draft; capture the round."""
         model, self._sampling, self._dice = self._model, context.sampling, context.dice
@@ -194,9 +197,13 @@ class ModelDrafter:
         self._seen: Tensor = workspace.own("seen", lambda: torch.empty_like(seen)).copy_(seen)
         self._levels: list[_Level] = workspace.own(self._tree, lambda: _levels(self._tree, self.device))
         self._key = ("round", self._tree, self._shared, self._sampling.penalty)
-        if self._session.is_captured and self._sampling.temperature == 0 and not workspace.has(self._key):
+        is_greedy = self._sampling.temperature == 0
+        if is_greedy and self._session.is_captured and not workspace.has(self._key):
             with context.seconds.stage("capture", self.device):
                 self._greedy()
+        elif not is_greedy and not self._session.is_ready(_HEAD):
+            with context.seconds.stage("capture", self.device):
+                self._capture_passes()
 
     @torch.inference_mode()
     def propose(self, token: int, budget: int) -> Draft:
@@ -211,14 +218,14 @@ class ModelDrafter:
         if self._sampling.temperature > 0:
             return self._sampled()
         self._drafted = self._greedy().clone()
-        self._nodes = list(range(len(self._tree)))
         return Draft(self._drafted, self._tree.parents)
 
+    @torch.inference_mode()
     def commit(self, accepted: Accepted) -> None:
         """Keep the rows of the accepted path but its last token, which opens the next round."""
         if self._drafted is None:
             return
-        nodes = [self._nodes[node] for node in accepted.nodes]
+        nodes = accepted.nodes
         self._session.keep([0, *(self._row_of(node) for node in [-1, *nodes][:-1])])
         self._pending = [accepted.token_ids[len(nodes) - 1] if nodes else self._pending[-1]]
         self._see(accepted.token_ids[: len(nodes)])
@@ -232,13 +239,14 @@ class ModelDrafter:
         """Run the known tokens before the last two, where the rounds before drafted nothing."""
         older = self._pending[: -len(_HEAD)]
         if older:
-            self._session.step(upload(older, self.device), range(-1, len(older) - 1))
+            tokens = upload(older, self.device).clamp_max(self._model.vocab_size - 1)
+            self._session.step(tokens, range(-1, len(older) - 1))
             self._session.keep(range(len(older)))
         self._pending = self._pending[-len(_HEAD) :]
 
     def _see(self, tokens: Sequence[int]) -> None:
         if self._sampling.penalty != 1:
-            self._seen[upload(tokens, self.device).clamp_max(self._model.vocab_size - 1)] = True
+            self._seen.index_fill_(0, upload(tokens, self.device).clamp_max(self._model.vocab_size - 1), True)
 
     @torch.inference_mode()
     def _greedy(self) -> Tensor:
@@ -258,19 +266,21 @@ class ModelDrafter:
 
     def _sampled(self) -> Draft:
         """Draw each node's children without replacement."""
-        device, rows_run, node = self.device, [0], 0
-        probs = torch.zeros(len(self._tree) + 1, self._vocab_size, device=device)
+        probs = torch.zeros(len(self._tree) + 1, self._vocab_size, device=self.device)
 
         def draw(logits: Tensor, level: _Level) -> Tensor:
-            nonlocal rows_run, node
             found = verify.logits_to_probs(logits, self._sampling)
-            probs[upload(rows_run, device), : self._shared] = found
-            rows_run = [node + 1 + place for place in level.inner.tolist()]
-            node += level.choices.shape[0]
+            probs[upload(level.rows, self.device), : self._shared] = found
             return self._dice.draw_children(found, level.num_choices)
 
         self._drafted = self._grow(self._session.step, draw)
-        return self._without_missing(Draft(self._drafted, self._tree.parents, probs))
+        return Draft(self._drafted, self._tree.parents, probs)
+
+    def _capture_passes(self) -> None:
+        """Make ready for the passes of a sampled round, each of which is a step of its own."""
+        for parents in (_HEAD, *(level.parents for level in self._levels if level.parents)):
+            self._session.step(self._session.workspace.tokens[: len(parents)].clone(), parents)
+        self._session.keep(())
 
     def _grow(self, forward: Forward, choose: Choose) -> Tensor:
         """Run the head and then the tree level by level; return the tokens [N] of all nodes, breadth-first."""
@@ -292,18 +302,3 @@ class ModelDrafter:
         seen = self._seen[: self._shared].repeat(logits.shape[0], 1)
         seen[rows, tokens[nodes].clamp_max(self._shared - 1)] = seen.new_ones(())  # True would come from the host
         return verify.penalise(logits.float(), seen, self._sampling.penalty)
-
-    def _without_missing(self, draft: Draft) -> Draft:
-        """Leave out nodes for which the draft's distribution had no token left, and all below them."""
-        assert draft.probs is not None
-        place: dict[int, int] = {-1: -1}
-        self._nodes = []
-        for node, (token, parent) in enumerate(zip(draft.tokens.tolist(), draft.parents, strict=True)):
-            if token >= 0 and parent in place:
-                place[node] = len(self._nodes)
-                self._nodes.append(node)
-        if len(self._nodes) == len(draft.parents):
-            return draft
-        nodes = self._nodes
-        rows = [0, *(node + 1 for node in nodes)]
-        return Draft(draft.tokens[nodes], tuple(place[draft.parents[node]] for node in nodes), draft.probs[rows])

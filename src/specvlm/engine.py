@@ -204,6 +204,9 @@ class SpecVLM:
         """
         config, stage, device = request.config, request.seconds.stage, self.target.device
         sampling, session = config.sampling, start.session
+        if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
+            problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
+            raise CapacityError(f"{problem}: prefill again with that setting")
         dice = verify.Dice(sampling.seed)
         verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
         ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(config.draft, self.draft)
@@ -231,7 +234,8 @@ class SpecVLM:
             with stage("decode"):
                 token = latest.token_ids[-1]
                 draft = drafter.propose(token, ending.left - 1)
-                tokens = torch.cat([upload([token], device), draft.tokens.to(device)])
+                drafted = draft.tokens.to(device).clamp_min(0)  # void nodes run, too: one shape, one graph
+                tokens = torch.cat([upload([token], device), drafted])
                 parents = (-1, *(parent + 1 for parent in draft.parents))
                 if not session.is_ready(parents):
                     with stage("capture", device):

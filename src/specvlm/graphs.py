@@ -7,6 +7,7 @@ A workspace serves one session at a time and is handed on with its graphs: the n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -105,17 +106,20 @@ class Workspaces:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self._shape, self._dtype, self._device = shape, dtype, device
         self._free: list[Workspace] = []
+        self._lock = threading.RLock()  # a session ends in any thread, and while the garbage collector interrupts us
 
     def lease(self, capacity: int) -> Workspace:
         """Return a workspace of at least `capacity` rows that nobody else holds."""
-        for workspace in self._free:
-            if workspace.capacity >= capacity:
-                self._free.remove(workspace)
-                return workspace
-        self._free.clear()  # too small: their memory goes before the larger one is allocated
+        with self._lock:
+            for workspace in self._free:
+                if workspace.capacity >= capacity:
+                    self._free = [other for other in self._free if other is not workspace]
+                    return workspace
+            self._free = []  # too small: their memory goes before the larger one is allocated
         rows = -(-capacity // _ROUND_UP) * _ROUND_UP if self._device.type == "cuda" else capacity
         return Workspace(self._shape, rows, self._dtype, self._device)
 
     def release(self, workspace: Workspace) -> None:
         """Take a workspace back."""
-        self._free = [*self._free, workspace][-_MOST_FREE:]
+        with self._lock:
+            self._free = [*self._free, workspace][-_MOST_FREE:]

@@ -13,10 +13,12 @@ from torch import Tensor
 from specvlm import attention, tree
 from specvlm.cache import KVCache
 from specvlm.decoder import Decoder
+from specvlm.errors import ConfigError
 from specvlm.families import Prompt
 from specvlm.graphs import on
 from specvlm.kernels.linear import linear
 from specvlm.kernels.tree_attention import tree_attention
+from specvlm.tree import MAX_NODES
 from specvlm.upload import upload
 
 if TYPE_CHECKING:
@@ -73,13 +75,15 @@ class Session(ABC):
             parents: of each row: a tree row (of this or an earlier step since the last `keep`), -1 for the known text.
         """
         count = tokens.shape[0]
+        if count > MAX_NODES + 1:
+            raise ConfigError(f"{count - 1} drafted nodes are too many: a pass verifies at most {MAX_NODES}")
         self._parents += tuple(parents)
         rows = self.model.rows(self._parents, count)
         self.cache.reserve(count)
         self.workspace.tokens[:count].copy_(tokens, non_blocking=True)
-        logits = self.run(
-            ("step", self._parents, count), lambda: self.forward(self.workspace.tokens[:count], rows)
-        ).float()
+        key = ("step", self._parents, count)
+        found = self.run(key, lambda: self.forward(self.workspace.tokens[:count], rows))
+        logits = found.to(torch.float32, copy=self.is_captured)  # the next replay overwrites a graph's output
         self.cache.advance(count)
         return logits
 

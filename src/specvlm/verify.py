@@ -21,7 +21,7 @@ from specvlm.upload import upload
 class Draft:
     """What a round proposes: N nodes, breadth-first."""
 
-    tokens: Tensor  # [N] int64
+    tokens: Tensor  # [N] int64; -1 where sampling found no token left to draw: that node and all below it are void
     parents: tuple[int, ...]  # -1 for children of the root
     probs: Tensor | None = None  # [N + 1, vocab] when sampling: what the children of root and nodes were drawn from
 
@@ -108,7 +108,7 @@ class Verifier:
             draft_probs = None if draft.probs is None else draft.probs.to(device)
             accepted = accept_sampled(target_probs, draft_probs, drafted.tolist(), draft.parents, self._dice)
         if self._sampling.penalty != 1:
-            self._seen[upload(accepted.token_ids, device)] = True
+            self._seen.index_fill_(0, upload(accepted.token_ids, device), True)
         return accepted
 
     def _paths(self, draft: Draft) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def seen_tokens(seen: Tensor, tokens: Tensor, rows: Tensor, nodes: Tensor) -> Te
         [N + 1, vocab] bool; a row's own path counts, its siblings' tokens do not.
     """
     found = seen.repeat(tokens.shape[0] + 1, 1)
-    found[rows, tokens[nodes]] = True
+    found[rows, tokens[nodes]] = found.new_ones(())  # True would come from the host, and wait
     return found
 
 
@@ -212,7 +212,7 @@ def accept_sampled(
         target_probs: [N + 1, vocab] float32.
         draft_probs: [N + 1, vocab] float32, the distribution that a row's children were drawn from; zeros for leaves.
             None: the drafter chose its tokens outright, each with certainty.
-        tokens: N drafted tokens, siblings in the order they were drawn.
+        tokens: N drafted tokens, siblings in the order they were drawn; -1 where none was left to draw.
         parents: N parents, -1 for children of the root.
         dice: decides what is accepted and draws the bonus token.
     """
@@ -223,6 +223,8 @@ def accept_sampled(
         draft = None if draft_probs is None else draft_probs[row]
         for node in children[row]:
             token = tokens[node]
+            if token < 0:  # the draft's distribution had no token left, and none for later siblings
+                break
             proposed = _certain(token, target) if draft is None else draft
             residual = (target - proposed).clamp_min(0)
             mass = residual.sum()
