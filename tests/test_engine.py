@@ -289,11 +289,12 @@ def test_a_tree_pass_gives_what_its_paths_give_alone(pair):
         torch.testing.assert_close(logits[row], alone[-1], rtol=0, atol=1e-3)
 
 
-def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair):
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair, penalty):
     """Every node against the draft run along its path as plain text, on a prompt pruned by hand."""
     start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
     keep = torch.arange(0, start.prompt.num_visual, 5)
-    sampling = pair.request(None).config.sampling
+    sampling = pair.request(None, repetition_penalty=penalty).config.sampling
     drafter = create(pair.config.draft, pair.draft)
     drafter.begin(Context(pair.target, start.inputs, start.prompt, keep, sampling, verify.Dice(0)))
     pruned = pair.draft.encode(start.inputs).select(keep)
@@ -306,6 +307,8 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair):
             path = known + tokens[sees[parent]].tolist() if parent >= 0 else known
             logits = session.step(torch.tensor(path), range(-1, len(path) - 1))[-1]
             session.rollback()
+            seen = verify.seen_in(torch.cat([pruned.input_ids, torch.tensor(path)]), logits.shape[0])
+            logits = verify.penalise(logits, seen, penalty)
             assert tokens[node] == logits.topk(4).indices[tree.parse("paper").ranks[node]]
         words = tuple(tokens[list(accepted)].tolist())
         drafter.commit(verify.Accepted(accepted, (*words, 17)))

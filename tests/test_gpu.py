@@ -98,9 +98,11 @@ def test_the_second_request_captures_nothing(family):
     assert eager.seconds["capture"] == 0
 
 
-def test_a_round_waits_for_the_gpu_once_and_allocates_nothing(family):
+@pytest.mark.parametrize("penalty", [1.0, 1.1])
+def test_a_round_waits_for_the_gpu_once_and_allocates_nothing(family, penalty):
     model = load_pair(family)
-    request = model.request(tiny.video(8), PROMPT, max_new_tokens=96, keep_ratio=0.5, ignore_eos=True)
+    settings = {"max_new_tokens": 96, "keep_ratio": 0.5, "ignore_eos": True, "repetition_penalty": penalty}
+    request = model.request(tiny.video(8), PROMPT, **settings)
     rounds = model.decode(request, model.prefill(request))
     for _ in range(3):
         next(rounds)
