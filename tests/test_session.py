@@ -7,7 +7,7 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import SpecVLM, tree
+from specvlm import SpecVLM, graphs, tree
 from specvlm.decoder import Decoder, is_supported
 from specvlm.graphs import Workspaces
 from specvlm.model import VideoLM
@@ -112,6 +112,26 @@ def test_storage_is_handed_on_but_never_shared():
     assert fourth.session.workspace not in (one, two)
     del fourth, third, second
     assert prefilled(model, 2).session.workspace in (one, two)
+
+
+def test_the_graphs_least_used_of_late_make_room(monkeypatch):
+    captured = []
+
+    class Graph:
+        def __init__(self, function, pool, device):
+            captured.append(function())
+            self.replay = function
+
+    monkeypatch.setattr(graphs, "Graph", Graph)
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    workspace = Workspaces((1, 1, 4), torch.float32, torch.device("cpu")).lease(4)
+    ran = [workspace.run(key, lambda key=key: key) for key in "abacab"]
+    assert ran == list("abacab")
+    assert captured == list("abcb")  # "c" took the place of "b"
+    assert workspace.has("a")
+    assert workspace.has("b")
+    assert not workspace.has("c")
 
 
 def test_too_small_storage_is_given_up():

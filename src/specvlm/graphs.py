@@ -19,6 +19,7 @@ from specvlm.tree import MAX_NODES
 from specvlm.upload import staged
 
 _ROUND_UP = 1024  # rows: capacities of similar requests coincide, so that their workspace can be shared
+_MOST_GRAPHS = 64  # of a workspace: a drafter whose trees change every round must not fill the GPU with them
 _MOST_FREE = 2  # a model that drafts for itself leases two at a time
 
 
@@ -94,10 +95,13 @@ class Workspace:
     def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
         """Run a function as the graph of this key, captured on first use; its output lives until the next run."""
         if key not in self._graphs:
+            if len(self._graphs) == _MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             self._graphs[key] = Graph(function, self._pool, self.device)
-        return self._graphs[key].replay()
+        self._graphs[key] = graph = self._graphs.pop(key)  # the last used stands last
+        return graph.replay()
 
 
 class Workspaces:

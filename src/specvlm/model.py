@@ -44,8 +44,9 @@ class VideoLM:
         self.context_len: int = text.max_position_embeddings
         language_model = hf.model.language_model
         self.decoder = Decoder(language_model) if is_supported(language_model, self.device) else None
-        shape = (text.num_hidden_layers, text.num_key_value_heads, _head_dim(text))
-        self.workspaces = Workspaces(shape, hf.lm_head.weight.dtype, self.device)
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.kv_shape = (int(text.num_hidden_layers), int(text.num_key_value_heads), int(head_dim))  # layers, heads, d
+        self.workspaces = Workspaces(self.kv_shape, hf.lm_head.weight.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
         self.eos_ids = _eos_ids(hf, self.tokenizer)
         self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)  # what generate() would apply
@@ -270,10 +271,6 @@ def _model_type(name: str) -> str:
     if "model_type" not in config:
         raise UnsupportedModel(f"{name} has no config.json with a model_type: give a Hugging Face directory or hub id")
     return str(config["model_type"])
-
-
-def _head_dim(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _eos_ids(hf: Any, tokenizer: Any) -> frozenset[int]:

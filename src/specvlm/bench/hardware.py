@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -85,9 +86,7 @@ def step_bytes(model: VideoLM) -> int:
 
 def kv_bytes(model: VideoLM, length: int) -> int:
     """Return the bytes of the keys and values of `length` rows."""
-    text: Any = model.hf.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * length * model.hf.dtype.itemsize)
+    return 2 * math.prod(model.kv_shape) * length * int(model.hf.dtype.itemsize)
 
 
 def floor_ms(model: VideoLM, length: int, read_gb_s: float) -> float:

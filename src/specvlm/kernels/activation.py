@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specvlm.kernels import HAS_TRITON
+
 # What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
 tl: Any = None
 argument = Any
 constexpr = int
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MANY_ROWS = 256  # from here on the rows alone fill the GPU
 
 
@@ -27,7 +27,7 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
         gate_up: [T, 2 * I], rows contiguous, the gate in the first half.
         pdl: launch while the kernel before it drains (programmatic dependent launch, compute capability 9 and up).
     """
-    if gate_up.is_cuda and _HAS_TRITON:
+    if gate_up.is_cuda and HAS_TRITON:
         return silu_mul_triton(gate_up, pdl=pdl)
     return silu_mul_reference(gate_up)
 

@@ -9,7 +9,6 @@ and brings its first weights into the L2 meanwhile: weights depend on no kernel.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specvlm.errors import ConfigError
+from specvlm.kernels import HAS_TRITON
 
 MAX_ROWS = 128
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _SHARED_BYTES = 226 * 1024  # what one program may use on compute capability 9, less 1 KiB for barriers
 _PARTIAL_FLOATS = 2 * 2 * 132 * 128 * 128  # two partial blocks for each of two programs on each of an H200's SMs
 _MAX_BLOCKS = 1 << 16
@@ -174,7 +173,7 @@ def stream_linear(
 
 def _served(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernel takes this product."""
-    if not (x.is_cuda and _HAS_TRITON and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)):
+    if not (x.is_cuda and HAS_TRITON and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)):
         return False
     rows = x.numel() // x.shape[-1]
     return 1 <= rows <= MAX_ROWS and weight.stride(1) == 1 and torch.cuda.get_device_capability(x.device)[0] == 9

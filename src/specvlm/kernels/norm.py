@@ -7,19 +7,19 @@ PyTorch that is seven kernels; here a row is read once, summed, normed and writt
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specvlm.kernels import HAS_TRITON
+
 # What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
 tl: Any = None
 argument = Any
 constexpr = int
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MANY_ROWS = 256  # from here on the rows alone fill the GPU
 
 
@@ -39,7 +39,7 @@ def add_rms_norm(
     Returns:
         The normed sum [T, D] and the residual stream [T, D]: `residual` itself, or x where that was None.
     """
-    if x.is_cuda and _HAS_TRITON:
+    if x.is_cuda and HAS_TRITON:
         return add_rms_norm_triton(x, residual, weight, eps, pdl=pdl)
     return add_rms_norm_reference(x, residual, weight, eps)
 

@@ -7,13 +7,13 @@ writes them where the attention wants them: the query to a new tensor, key and v
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specvlm.kernels import HAS_TRITON
 from specvlm.kernels.norm import add_rms_norm_reference
 
 # What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
@@ -21,7 +21,6 @@ tl: Any = None
 argument = Any
 constexpr = int
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MANY_ROWS = 256  # from here on the tokens alone fill the GPU
 
 
@@ -58,7 +57,7 @@ def rope_and_store(
     Returns:
         [T, H, d], contiguous.
     """
-    if qkv.is_cuda and _HAS_TRITON:
+    if qkv.is_cuda and HAS_TRITON:
         return rope_and_store_triton(
             qkv, cos, sin, keys, values, start, offset, q_norm=q_norm, k_norm=k_norm, eps=eps, pdl=pdl
         )

@@ -12,7 +12,6 @@ the storage alone.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specvlm.errors import ConfigError
+from specvlm.kernels import HAS_TRITON
 
 MAX_ROWS = 128  # a verification pass: the root and 127 tree nodes
 MAX_TREE_LEN = 255  # rows behind the prefix
@@ -132,7 +132,7 @@ def _has_overlap(device: torch.device) -> bool:
 
 def is_served(head_dim: int) -> bool:
     """Whether the kernel runs on a GPU with heads of this size: Triton is there, and the size is allowed."""
-    return importlib.util.find_spec("triton") is not None and _is_allowed(head_dim)
+    return HAS_TRITON and _is_allowed(head_dim)
 
 
 def _is_allowed(head_dim: int) -> bool:
