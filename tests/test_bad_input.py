@@ -31,7 +31,7 @@ SETTINGS = {  # command line -> what its line must say
     "clip.mp4 --tree best": ["tree='best'", "chain:N"],
     "clip.mp4 --tree chain:0": ["tree='chain:0'", "1 to"],
     "clip.mp4 --tree chain:x": ["tree='chain:x'", "chain:5"],
-    "clip.mp4 --tree 0,01,011,2x": ["'2x'", "digits"],
+    "clip.mp4 --tree 0,00,000,2x": ["'2x'", "digits"],
     "clip.mp4 --tree 0,12": ["'12'", "add '1'"],
     "clip.mp4 --max-new-tokens 0": ["max_new_tokens=0", "at least 1"],
     "clip.mp4 --max-new-tokens 1.5": ["--max-new-tokens", "'1.5'"],
