@@ -14,6 +14,7 @@ from specvlm import ConfigError, SpecVLM, cli
 from specvlm.bench import clips, hardware, passes, peers, planted, plots, published, runner, speed, steps, summary
 from specvlm.bench import vllm_plain as vllm
 from specvlm.bench.subjects import CheckpointSource, PlantedSource
+from specvlm.draft import round_passes
 from specvlm.engine import bundled
 from specvlm.errors import CapacityError
 from specvlm.tree import parse
@@ -210,8 +211,8 @@ def test_the_read_rate_is_in_the_range_of_memories():
 
 def test_passes_of_the_papers_tree():
     # rows 0 and 1 are the last two known tokens; nodes with children: 0 1 2 3, 00 01 02 10, 000, 0000
-    assert steps.levels(parse("paper")) == [(-1, 0), (1, 1, 1, 1), (2, 2, 2, 3), (6,), (10,)]
-    assert steps.levels(parse("chain:3")) == [(-1, 0), (1,), (2,)]
+    assert round_passes(parse("paper")) == [(-1, 0), (1, 1, 1, 1), (2, 2, 2, 3), (6,), (10,)]
+    assert round_passes(parse("chain:3")) == [(-1, 0), (1,), (2,)]
 
 
 def test_steps_leave_the_session_at_the_prompts_end():

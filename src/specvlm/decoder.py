@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specvlm.kernels import has_pdl
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.linear import linear
 from specvlm.kernels.norm import add_rms_norm
@@ -53,9 +54,6 @@ class Decoder:
         self._final_norm: Tensor = text.norm.weight
         self._eps = float(text.norm.variance_epsilon)
         self.scaling = float(text.layers[0].self_attn.scaling)
-        place = self._final_norm.device
-        # Programmatic dependent launch, from Hopper on: each kernel starts while the one ahead of it drains.
-        self._has_pdl = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (9, 0)
 
     def rotary(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin [T, d] of the positions ([3, 1, T] for M-RoPE, else [1, T]), in the dtype of `embeds`."""
@@ -88,7 +86,7 @@ class Decoder:
         Returns:
             [T, D], normed.
         """
-        eps, pdl = self._eps, self._has_pdl
+        eps, pdl = self._eps, has_pdl(embeds.device)
         normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps, pdl=pdl)
         for index, layer in enumerate(self._layers):
             keys, values = storage[index].unbind(0)
@@ -139,8 +137,8 @@ def _is_llama_like(layer: Any) -> bool:
 
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, _ = _joined(mlp.gate_proj, mlp.up_proj)
+    qkv, qkv_bias = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, _ = joined(mlp.gate_proj, mlp.up_proj)
     q_norm, k_norm = (getattr(attention, f"{name}_norm", None) for name in "qk")
     return _Layer(
         input_norm=layer.input_layernorm.weight,
@@ -157,7 +155,7 @@ def _layer(layer: Any) -> _Layer:
 
 
 @torch.no_grad()
-def _joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Join the weights, and the biases, of linear layers that read the same rows; the layers keep views of them."""
     weight = torch.cat([module.weight for module in linears])
     bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])

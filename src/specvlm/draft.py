@@ -133,12 +133,26 @@ class _Level:
 _HEAD = (-1, 0)
 
 
+def round_passes(topology: tree.Tree) -> list[tuple[int, ...]]:
+    """Return the passes of a round, each as the parents of its rows among the round's rows.
+
+    The first runs the head, every other one the nodes of one depth that have children.
+    """
+    inner = sorted(set(topology.parents))  # -1, the root, comes first: the second row of the head
+    row_of = {node: len(_HEAD) - 1 + place for place, node in enumerate(inner)}
+    depths = [
+        tuple(row_of[topology.parents[node]] for node in inner[1:] if topology.depths[node] == depth)
+        for depth in range(1, topology.depth)
+    ]
+    return [_HEAD, *depths]
+
+
 def _levels(topology: tree.Tree, device: torch.device) -> list[_Level]:
     inner_nodes, levels = set(topology.parents), []
     sees = tree.ancestors(topology.parents)
-    row_of = {-1: 1}  # node -> row of the round; the root is the second of the head
+    later = [*round_passes(topology)[1:], ()]  # behind the deepest nodes nothing runs
     running, begin = [-1], 0
-    for depth in range(1, topology.depth + 1):
+    for depth, parents in enumerate(later, 1):
         nodes = range(begin, begin + topology.depths.count(depth))
         count = 1 + max(topology.ranks[node] for node in nodes)
         inner = [node for node in nodes if node in inner_nodes]
@@ -148,13 +162,11 @@ def _levels(topology: tree.Tree, device: torch.device) -> list[_Level]:
                 upload([running.index(topology.parents[n]) * count + topology.ranks[n] for n in nodes], device),
                 count,
                 upload([node - begin for node in inner], device),
-                tuple(row_of[topology.parents[node]] for node in inner),
+                parents,
                 tuple(node + 1 for node in running),
                 (upload([row for row, _ in paths], device), upload([node for _, node in paths], device)),
             )
         )
-        for node in inner:
-            row_of[node] = len(row_of) + 1
         running, begin = inner, nodes.stop
     return levels
 
@@ -278,7 +290,7 @@ class ModelDrafter:
 
     def _capture_passes(self) -> None:
         """Make ready for the passes of a sampled round, each of which is a step of its own."""
-        for parents in (_HEAD, *(level.parents for level in self._levels if level.parents)):
+        for parents in round_passes(self._tree):
             self._session.step(self._session.workspace.tokens[: len(parents)].clone(), parents)
         self._session.keep(())
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specvlm.decoder import joined
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.norm import add_rms_norm
 from specvlm.kernels.rope import rope_and_store
@@ -157,7 +158,7 @@ class Block:
 
     def __init__(self, block: Any, known: KnownSegments) -> None:
         self._block, self._known = block, known
-        self._gate_up = _fused(block.mlp) if hasattr(block.mlp, "gate_proj") else None
+        self._gate_up = joined(block.mlp.gate_proj, block.mlp.up_proj) if hasattr(block.mlp, "gate_proj") else None
 
     def __call__(
         self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
@@ -218,16 +219,6 @@ def _align(mlp: Any) -> None:
         linear.out_features += extra
     mlp.down_proj.weight = _padded(mlp.down_proj.weight, (0, extra))
     mlp.down_proj.in_features += extra
-
-
-def _fused(mlp: Any) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of gate and up projection as one; the modules keep views of them."""
-    weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
-    bias = torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias]).detach()
-    for linear, rows, numbers in zip((mlp.gate_proj, mlp.up_proj), weight.chunk(2), bias.chunk(2), strict=True):
-        linear.weight = nn.Parameter(rows, requires_grad=False)
-        linear.bias = nn.Parameter(numbers, requires_grad=False)
-    return weight, bias
 
 
 def _padded(weight: Tensor, padding: tuple[int, ...]) -> nn.Parameter:

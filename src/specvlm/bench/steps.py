@@ -12,6 +12,7 @@ import torch
 from specvlm import prune, tree
 from specvlm.bench.hardware import floor_ms, timed
 from specvlm.config import EngineConfig
+from specvlm.draft import round_passes
 from specvlm.engine import Prefilled, SpecVLM
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _REPEATS = 20
 _WARM_UP = 3
-_ROOT_ROWS = (-1, 0)  # a round of the draft begins with the last two known tokens
 _FIRST_TOKEN = 300  # any tokens do: a pass does the same work whatever it reads
 
 
@@ -50,22 +50,7 @@ def draft(model: SpecVLM, start: Prefilled, config: EngineConfig, read_gb_s: flo
     keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
     prompt = drafter.encode(start.inputs).select(keep.to(drafter.device))
     session, _, _ = drafter.start(prompt, config.sampling.max_new_tokens + tree.MAX_NODES)
-    return _measure(session, levels(tree.parse(config.draft.tree)), read_gb_s)
-
-
-def levels(topology: tree.Tree) -> list[tuple[int, ...]]:
-    """Return the passes of a draft's round, each as the parents of its rows among the round's rows.
-
-    The first runs the last two known tokens, every other one the nodes of one depth that have children.
-    """
-    inner = set(topology.parents)
-    row_of = {-1: len(_ROOT_ROWS) - 1}
-    passes: list[tuple[int, ...]] = [_ROOT_ROWS]
-    for depth in range(1, topology.depth):
-        nodes = [n for n, at in enumerate(topology.depths) if at == depth and n in inner]
-        passes.append(tuple(row_of[topology.parents[node]] for node in nodes))
-        row_of |= {node: len(row_of) + 1 + place for place, node in enumerate(nodes)}
-    return passes
+    return _measure(session, round_passes(tree.parse(config.draft.tree)), read_gb_s)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specvlm.errors import ConfigError
-from specvlm.kernels import HAS_TRITON
+from specvlm.kernels import HAS_TRITON, has_pdl
 
 MAX_ROWS = 128  # a verification pass: the root and 127 tree nodes
 MAX_TREE_LEN = 255  # rows behind the prefix
@@ -125,11 +125,6 @@ def _shared_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
-@cache
-def _has_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def is_served(head_dim: int) -> bool:
     """Whether the kernel runs on a GPU with heads of this size: Triton is there, and the size is allowed."""
     return HAS_TRITON and _is_allowed(head_dim)
@@ -216,7 +211,7 @@ def tree_attention(
         raise ConfigError(f"workspace holds {workspace.numel()} values, {size} are needed: use workspace_for")
     partials, levels = workspace[: size - size // (dim + 1)], workspace[size - size // (dim + 1) :]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    overlap = {"launch_pdl": True} if config.overlap and _has_overlap(query.device) else {}
+    overlap = {"launch_pdl": True} if config.overlap and has_pdl(query.device) else {}
     width = max(16, 1 << (dim - 1).bit_length())
     kernels.attend_split[grid.row_tiles, grid.splits, grid.heads](
         query, keys, values, prefix_len, sees, partials, levels,
