@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import math
 import random
+import statistics
+import time
 
 import numpy as np
 import pytest
@@ -225,8 +227,8 @@ def test_acceptance_finds_the_ranks():
     for _ in range(1000):
         acceptance.learn(world.round(Shape(4, 4, 31))[0])
         found.append(acceptance.by_depth(4))
-    # the mean over 1000 rounds: of 300 other seeds none was off by more than 0.038
-    np.testing.assert_allclose(np.mean(found, 0), [GOOD] * 4, atol=0.05)
+    # the mean over 1000 rounds: the worst of 300 other seeds was off by 0.052
+    np.testing.assert_allclose(np.mean(found, 0), [GOOD] * 4, atol=0.06)
 
 
 def test_only_what_was_observed_is_forgotten():
@@ -339,6 +341,15 @@ def test_probes_come_at_their_interval_and_go_on_while_they_hit():
     assert not chooser.choose(99).is_probe
 
 
+def test_two_choosers_of_one_acceptance_learn_from_each_other():
+    acceptance = Acceptance()
+    short, long = Auto(BF16, SHAPES, acceptance), Auto(BF16, SHAPES, acceptance)
+    assert len(long.choose(99).drafted)
+    for _ in range(4):
+        short.learn(short.choose(99), [Observation(1, None)], 1)
+    assert long.choose(99).drafted == PLAIN
+
+
 def test_where_no_shallow_tree_is_offered_the_shallowest_is_probed():
     trees = [tree.parse("paper"), tree.parse("chain:4"), tree.parse("chain:3")]
     chooser = Auto(QUANT, trees, Known([HOPELESS]))
@@ -364,3 +375,96 @@ def test_an_unknown_policy_is_refused():
     policy.check("fixed")
     with pytest.raises(ConfigError, match="policy='x' is not allowed: auto or fixed"):
         policy.check("x")
+
+
+# Simulated texts
+
+
+@pytest.mark.parametrize("drafted", [Shape(3, 1, 7), Shape(4, 4, 23), tree.parse("paper"), tree.parse("chain:3")])
+def test_the_simulated_target_accepts_as_many_as_expected(drafted):
+    world = World(GOOD, BF16, 5)
+    tokens = [world.round(drafted)[1] for _ in range(4000)]
+    spread = statistics.stdev(tokens) / math.sqrt(len(tokens))
+    assert statistics.mean(tokens) == pytest.approx(expected(drafted, GOOD), abs=5 * spread)  # false alarms: 6e-7
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranks"),
+    [(BF16, GOOD), (QUANT, GOOD), (SELF, (0.90, 0.05, 0.02, 0.01))],
+    ids=["bf16", "quantised", "self"],
+)
+def test_a_good_draft_runs_near_the_best_fixed_shape(costs, ranks):
+    excess = []
+    for seed in range(25):
+        spent = gained = 0.0
+        for choice in play(World(ranks, costs, seed), Auto(costs, SHAPES), 320)[1]:
+            tokens = worth(choice.drafted, ranks) if len(choice.drafted) else 1.0
+            spent, gained = spent + costs.round_ms(choice.drafted), gained + tokens
+            if gained < 64:
+                start = spent, gained
+        rate = (spent - start[0]) / (gained - start[1])
+        excess.append(rate / ms_a_token(best_fixed(ranks, costs), ranks, costs) - 1)
+    # drawn from 600 other seeds, 25 of them break the first bound in 3 of 10,000 cases, the second in 5
+    assert statistics.median(excess) < 0.03
+    assert statistics.mean(excess) < 0.05
+
+
+@pytest.mark.parametrize("costs", [BF16, QUANT, SELF], ids=["bf16", "quantised", "self"])
+def test_a_hopeless_draft_costs_next_to_nothing(costs):
+    shares = [play(World(HOPELESS, costs, seed), Auto(costs, SHAPES), 256)[0] / (256 * 17.3) for seed in range(30)]
+    # 2 of 3000 other texts were above 1.025, none above 1.027: two of 30 are with a chance of 2e-4
+    assert sorted(shares)[-2] < 1.025
+    assert max(shares) < 1.035
+
+
+@pytest.mark.parametrize(
+    ("costs", "before", "after", "late"),
+    [
+        (BF16, GOOD, HOPELESS, 5),
+        (QUANT, GOOD, HOPELESS, 11),  # drafting costs so little that a single hit keeps it going
+        (BF16, HOPELESS, GOOD, 5),
+        (QUANT, HOPELESS, GOOD, 2),
+    ],
+    ids=["bf16-off", "quantised-off", "bf16-on", "quantised-on"],
+)
+def test_a_change_is_noticed_within_eight_rounds(costs, before, after, late):
+    """Of 40 texts at most `late` need more; of 600 others 2, 9, 2 and 0 % did: false alarms are below 1e-3."""
+    num_late = 0
+    for seed in range(40):
+        world, chooser = World(before, costs, seed), Auto(costs, SHAPES)
+        play(world, chooser, 150)
+        world.ranks = after
+        num_late += rounds_until(world, chooser, lambda choice: has_switched(choice, after)) > 8
+    assert num_late <= late
+
+
+def has_switched(choice, ranks):
+    if ranks == HOPELESS:
+        return choice.is_probe or choice.drafted == PLAIN
+    return not choice.is_probe and choice.drafted.depth >= 2
+
+
+def rounds_until(world, chooser, is_done):
+    """Return the rounds that drafted something before such a choice came."""
+    rounds = 0
+    while not is_done(choice := chooser.choose(10**6)):
+        seen, tokens = world.round(choice.drafted)
+        chooser.learn(choice, seen, tokens)
+        rounds += len(choice.drafted) > 0
+    return rounds
+
+
+def test_the_first_round_is_modest():
+    for costs in (BF16, QUANT, SELF):
+        assert 1 <= Auto(costs, SHAPES).choose(99).drafted.depth <= 3
+
+
+def test_choosing_is_quick():
+    chooser = Auto(BF16, SHAPES)
+    seen = [Observation(depth, 0, (0, 3, 5, 6)) for depth in range(1, 6)]
+    times = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        chooser.learn(chooser.choose(99), seen, 6)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 3e-3  # 0.15 ms on one core

@@ -32,7 +32,7 @@ _BIN_KEPT = 1 - 1 / 30  # of older evidence, a round
 
 _PRIOR = (0.6, 0.12, 0.05, 0.03)
 _PRIOR_WEIGHT = 2.0  # observations that the prior is worth
-_POOL_WEIGHT = 4.0  # observations that the mean over depths is worth at each depth
+_POOL_WEIGHT = 6.0  # observations that the mean over depths is worth at each depth
 _KEPT = 0.85  # of older evidence, a round
 _CHANGED = np.array([0.15, 0.8])  # share of rounds whose root's candidates hit where the draft fails or is good
 _USUAL_SHARE = 0.05
@@ -211,7 +211,7 @@ class Acceptance:
             return
         is_hit = root.hit is not None
         likelihood = _CHANGED if is_hit else 1 - _CHANGED
-        usual = min(max(self._usual, 0.02), 0.98)
+        usual = min(max(self._usual, 0.1), 0.9)  # so that two in a row never suffice
         self._doubt = np.maximum(0.0, self._doubt + np.log(likelihood / (usual if is_hit else 1 - usual)))
         self._usual += (is_hit - self._usual) * _USUAL_SHARE
         if self._doubt.max() > _TOO_UNLIKELY:
