@@ -1,7 +1,4 @@
-"""Acceptance: greedy by example, sampling in closed form."""
-
-import itertools
-from collections import defaultdict
+"""Acceptance: the longest path that agrees; sampling by noise: its law, and that a draft cannot change the text."""
 
 import pytest
 import torch
@@ -14,143 +11,104 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specvlm import verify
+from specvlm import tree, verify
 from specvlm.config import SamplingConfig
+from specvlm.verify import Accepted, Chooser, Draft, Verifier, accept, gumbel
 
-VOCAB = 4
-
-
-class Script:
-    """Dice that follow one branch: the choices so far are replayed, the next new one takes its first outcome."""
-
-    def __init__(self, choices):
-        self.choices, self.place, self.weight, self.open = choices, 0, 1.0, []
-
-    def _choose(self, probs):
-        if self.place == len(self.choices):
-            self.open += [[*self.choices, other] for other in range(1, len(probs)) if probs[other] > 0]
-            self.choices = [*self.choices, 0]
-        outcome = self.choices[self.place]
-        self.place += 1
-        self.weight *= probs[outcome]
-        return outcome
-
-    def happens(self, probability):
-        probability = min(1.0, max(0.0, probability))
-        return self._choose([probability, 1 - probability]) == 0
-
-    def draw(self, probs):
-        return self._choose(probs.tolist())
+PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 
 
-def outcomes(function):
-    """Return {result: probability} of a function of dice, over all their outcomes."""
-    total, todo = defaultdict(float), [[]]
-    while todo:
-        script = Script(todo.pop())
-        total[function(script)] += 0.0 if script.weight == 0 else script.weight
-        todo += script.open
-    return total
+def sampled(**settings):
+    return Chooser(SamplingConfig(**{"temperature": 1.0, "seed": 7, **settings}))
 
 
-def distributions(count, seed, zeros=0):
-    probs = torch.rand(count, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.01
-    for row in range(count):
-        probs[row, [(row + i) % VOCAB for i in range(zeros)]] = 0
-    return probs / probs.sum(-1, keepdim=True)
+@pytest.mark.parametrize(("probs", "steps"), [((0.8, 0.2), 2000), ((0.6, 0.4), 2000), ((0.55, 0.35, 0.1), 150)])
+def test_the_choice_follows_the_targets_distribution_over_all_noise(probs, steps, monkeypatch):
+    """The law in closed form: noise over the midpoints of a fine grid of uniforms, all combinations.
+
+    A cell of the grid counts wrong only where the border between two choices cuts it, which is a share of at most
+    (tokens - 1) * 2 / steps.
+    """
+    uniform = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    noise = torch.cartesian_prod(*[-(-uniform.log()).log()] * len(probs))
+    monkeypatch.setattr(verify, "gumbel", lambda seed, places, vocab_size: noise)
+    logits = torch.tensor(probs, dtype=torch.float64).log()[None]
+    choice = sampled().scores(logits, torch.zeros(1)).argmax(-1)
+    law = torch.bincount(choice, minlength=len(probs)) / len(noise)
+    bound = (len(probs) - 1) * 2 / steps
+    torch.testing.assert_close(law.double(), torch.tensor(probs, dtype=torch.float64), rtol=0, atol=bound)
 
 
-def children_drawn(probs, count):
-    """Return [(children, probability)] of drawing without replacement from probs [vocab]."""
-    drawn = []
-    for tokens in itertools.permutations(range(VOCAB), count):
-        probability, left = 1.0, 1.0
-        for token in tokens:
-            probability *= probs[token].item() / left if left > 0 else 0.0
-            left -= probs[token].item()
-        if probability > 0:
-            drawn.append((tokens, probability))
-    return drawn
+def test_the_noise_of_neighbouring_places_tokens_and_seeds_is_independent_and_uniform():
+    """Chi-square over 64 x 64 cells of 262,144 pairs, 4,095 degrees of freedom, by chance above 4,590 in 1e-7."""
+
+    def uniforms(seed, first, skip):
+        return torch.exp(-torch.exp(-gumbel(seed, torch.arange(first, first + 512), 512 + skip)[:, skip:]))
+
+    for other in (uniforms(3, 1, 0), uniforms(3, 0, 1), uniforms(4, 0, 0)):
+        cells = (uniforms(3, 0, 0) * 64).long() * 64 + (other * 64).long()
+        counts = torch.bincount(cells.flatten(), minlength=64 * 64).double()
+        statistic = ((counts - 64) ** 2 / 64).sum()
+        assert 3600 < statistic < 4590
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("zeros", [0, 1])
-def test_one_level_leaves_the_targets_distribution(width, zeros):
-    """All children drawn from the draft, all dice: the first token is distributed as the target's, to 1e-12."""
-    target, draft = distributions(width + 1, 0), distributions(width + 1, 1, zeros)
-    law = torch.zeros(VOCAB, dtype=torch.float64)
-    for tokens, probability in children_drawn(draft[0], width):
-        for accepted, weight in outcomes(
-            lambda dice, tokens=tokens: verify.accept_sampled(target, draft, tokens, [-1] * width, dice)
-        ).items():
-            law[accepted.token_ids[0]] += probability * weight
-    torch.testing.assert_close(law, target[0], rtol=0, atol=1e-12)
+def test_sampled_choices_follow_the_law_place_by_place():
+    """Chi-square over 20,000 places and pairs of them: above 31 (3 degrees) or 56 (15) in about 1e-6 by chance."""
+    scores = sampled().scores(PROBS.log().expand(20_000, 4), torch.arange(20_000))
+    choice = scores.argmax(-1)
+    counts = torch.bincount(choice, minlength=4).double()
+    assert ((counts - 20_000 * PROBS) ** 2 / (20_000 * PROBS)).sum() < 31
+    expected = 10_000 * torch.outer(PROBS, PROBS).flatten()
+    pairs = torch.bincount(choice[::2] * 4 + choice[1::2], minlength=16).double()
+    assert ((pairs - expected) ** 2 / expected).sum() < 56
 
 
-@pytest.mark.parametrize("tokens", [(0,), (2, 1), (3, 0, 2)])
-def test_tokens_proposed_with_certainty_leave_the_targets_distribution(tokens):
-    """A drafter that gives no probabilities, such as a lookup: every child is a sure proposal."""
-    for target in (distributions(len(tokens) + 1, 0), distributions(len(tokens) + 1, 0, zeros=2)):
-        law = torch.zeros(VOCAB, dtype=torch.float64)
-        for accepted, weight in outcomes(
-            lambda dice, t=target: verify.accept_sampled(t, None, tokens, [-1] * len(tokens), dice)
-        ).items():
-            law[accepted.token_ids[0]] += weight
-        torch.testing.assert_close(law, target[0], rtol=0, atol=1e-12)
+def test_the_noise_depends_on_seed_place_and_token_alone():
+    noise = gumbel(5, torch.tensor([8, 9, 8]), 100)
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise, gumbel(torch.tensor(5), torch.tensor([8, 9, 8]), 130)[:, :100])
+    assert not torch.equal(noise, gumbel(6, torch.tensor([8, 9, 8]), 100))
+    assert noise.isfinite().all()
 
 
-def test_a_token_that_the_target_excludes_is_never_accepted():
-    target, draft = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 1e-9], [0.0, 0.0]])
-    law = outcomes(lambda dice: verify.accept_sampled(target, draft, [1], [-1], dice))
-    assert {accepted.token_ids for accepted, weight in law.items() if weight > 0} == {(0,)}
+def test_a_token_that_the_filters_exclude_is_never_chosen():
+    logits = PROBS.log().float().expand(5_000, 4)
+    for settings in ({"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.5}):
+        choice = sampled(**settings).scores(logits, torch.arange(5_000)).argmax(-1)
+        assert set(choice.tolist()) == {0, 1}
 
 
-def test_two_levels_leave_the_targets_joint_distribution():
-    """Tree 0, 1, 00, 01 over a Markov target: the first two tokens together have the target's law, to 1e-12."""
-    target, draft = distributions(VOCAB + 1, 2), distributions(VOCAB + 1, 3)  # row 0: the start, row t + 1: after t
-    parents = [-1, -1, 0, 0]
-    law = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
-    for (first, second), p in children_drawn(draft[0], 2):
-        for (third, fourth), q in children_drawn(draft[first + 1], 2):
-            tokens = [first, second, third, fourth]
-            rows = [0] + [token + 1 for token in tokens]
-            for accepted, weight in outcomes(
-                lambda dice, tokens=tokens, rows=rows: verify.accept_sampled(
-                    target[rows], draft[rows], tokens, parents, dice
-                )
-            ).items():
-                one, *rest = accepted.token_ids
-                follow = torch.eye(VOCAB, dtype=torch.float64)[rest[0]] if rest else target[one + 1]
-                law[one] += p * q * weight * follow
-    expected = target[0][:, None] * target[1:]
-    torch.testing.assert_close(law, expected, rtol=0, atol=1e-12)
+def test_greedy_scores_are_the_logits():
+    logits = torch.randn(3, 8)
+    assert Chooser(SamplingConfig()).scores(logits, torch.arange(3)) is logits
 
 
-def test_a_draft_equal_to_the_target_is_always_accepted():
-    target = distributions(4, 4)
-    parents = [-1, 0, 1]
-    for tokens in itertools.product(range(VOCAB), repeat=3):
-        for accepted in outcomes(lambda dice, t=tokens: verify.accept_sampled(target, target, t, parents, dice)):
-            assert accepted.nodes == (0, 1, 2)
+def test_whatever_is_drafted_the_sampled_text_is_the_plain_one():
+    """A Markov target; drafts of random tokens in random trees, some of them the tokens that will be chosen."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(12, 12, generator=generator) * 2  # row: the logits after this token
 
+    def text(drafts):
+        verifier, ids = Verifier(SamplingConfig(temperature=0.9, seed=4), torch.zeros(12, dtype=torch.bool)), [3]
+        while len(ids) < 200:
+            draft = drafts()
+            tokens = torch.cat([torch.tensor(ids[-1:]), draft.tokens])
+            ids += verifier.accept(target[tokens], draft).token_ids
+        return ids[:200], len(ids)
 
-def test_children_are_drawn_without_replacement():
-    """Chi-square over the 12 ordered pairs, 20,000 draws: statistic above 45 has probability 5e-6 under the law."""
-    probs = distributions(1, 5)
-    drawn = verify.Dice(7).draw_children(probs.float().expand(20_000, VOCAB), 2)
-    law = dict(children_drawn(probs[0], 2))
-    statistic = 0.0
-    for pair, probability in law.items():
-        count = (drawn == torch.tensor(pair)).all(1).sum().item()
-        statistic += (count - 20_000 * probability) ** 2 / (20_000 * probability)
-    assert statistic < 45
+    def any_tree():
+        parents = tree.parse("paper").parents
+        return Draft.of(torch.randint(0, 12, (25,), generator=generator).tolist(), parents)
 
-
-def test_no_child_of_zero_probability_is_drawn():
-    probs = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
-    drawn = verify.Dice(0).draw_children(probs, 3)
-    assert drawn[0].tolist() == [1, -1, -1]
-    assert sorted(drawn[1].tolist()) == [-1, 0, 2]
+    plain, _ = text(Draft.empty)
+    assert text(any_tree)[0] == plain
+    assert text(lambda: Draft.of(list(range(12)) * 2, [-1] * 12 + [5] * 12))[0] == plain
+    other = Verifier(SamplingConfig(temperature=0.9, seed=5), torch.zeros(12, dtype=torch.bool))
+    ids = [3]
+    while len(ids) < 200:
+        ids += other.accept(target[ids[-1:]], Draft.empty()).token_ids
+    assert ids != plain
 
 
 @pytest.mark.parametrize(
@@ -162,9 +120,17 @@ def test_no_child_of_zero_probability_is_drawn():
         ((0, 3, 0, 0, 1), (0, 3), (0, 3, 1)),
     ],
 )
-def test_greedy_keeps_the_longest_path_that_agrees(choices, nodes, token_ids):
-    accepted = verify.accept_greedy(choices, [0, 1, 2, 3], [-1, -1, 0, 0])
-    assert accepted == verify.Accepted(nodes, token_ids)
+def test_the_longest_path_that_agrees_is_kept(choices, nodes, token_ids):
+    assert accept(choices, [0, 1, 2, 3], [-1, -1, 0, 0]) == Accepted(nodes, token_ids)
+
+
+def test_of_siblings_with_the_same_token_the_longer_path_stands():
+    assert accept([5, 6, 6, 9], [5, 5, 6], [-1, -1, 1]) == Accepted((1, 2), (5, 6, 9))
+    assert accept([5, 7, 8], [5, 5], [-1, -1]) == Accepted((0,), (5, 7))  # of equal ones the first
+
+
+def test_empty_places_are_never_accepted():
+    assert accept([4, 5, 6], [4, -1], [-1, 0], [1, 2]) == Accepted((0,), (4, 5), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -189,8 +155,8 @@ def test_the_distribution_is_that_of_transformers(settings, processors):
 def test_the_penalty_counts_each_rows_own_path():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     prompt, tokens = [7, 7, 2], torch.tensor([4, 5, 6])
-    paths = verify.path_pairs((-1, -1, 0), torch.device("cpu"))
-    seen = verify.seen_tokens(verify.seen_in(torch.tensor(prompt), 10), tokens, *paths)
+    sees = tree.Rows.of((-1, 0, 0, 1), 4, torch.device("cpu")).sees[:, 1:]
+    seen = verify.seen_before(verify.seen_in(torch.tensor(prompt), 10), tokens, sees)
     ours = verify.penalise(logits, seen, 1.5)
     theirs = RepetitionPenaltyLogitsProcessor(1.5)
     for row, path in enumerate([[], [4], [5], [4, 6]]):

@@ -26,10 +26,11 @@ class Plan:
 
     Args:
         rows: tree rows, which stand behind a known text that all of them see; None is causal.
-        scores: collects the attention of the new rows, None collects nothing.
+        scores: collects the attention of the new rows (of tree rows, the first one's), None collects nothing.
     """
 
     def __init__(self, rows: Rows | None = None, scores: Scores | None = None) -> None:
+        self.is_tree = rows is not None
         self.rows = None if rows is None or rows.is_chain else rows
         self.scores = scores
         self._mask: Tensor | None = None
@@ -143,7 +144,8 @@ def attend(
     """
     plan = plan or Plan()
     if plan.scores is not None:
-        plan.scores.add(query, key, scaling)
+        count = query.shape[2] - 1 if plan.is_tree else 0  # of a tree, the root alone scores
+        plan.scores.add(query[:, :, : query.shape[2] - count], key[:, :, : key.shape[2] - count], scaling)
     mask = plan.mask(key.shape[2]) if attention_mask is None else attention_mask
     return masked(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from specvlm.text import Chunk
 
 PARTS: dict[str, Any] = get_type_hints(EngineConfig)  # "video" -> VideoConfig, ...
-MODEL_OPTIONS = ("target", "draft", "device", "draft_device", "dtype")
+MODEL_OPTIONS = ("target", "draft", "device", "draft_device", "draft_quant", "dtype")
 NOT_WRITTEN = {
     errno.EPIPE: "stdout was closed before all was written: read it to its end",
     errno.ENOSPC: "no space left on the device: free some, or write elsewhere",
@@ -41,6 +41,7 @@ STAGES = {
     "prefill": "prefilling the target",
     "prune": "pruning",
     "draft_prefill": "prefilling the draft",
+    "calibrate": "timing passes, once",
     "capture": "capturing CUDA graphs, once",
     "decode": "decoding",
 }
@@ -190,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
 
     describe = add("describe", _describe, "answer a question about a video", *PARTS)
     describe.add_argument("--stats", action="store_true", help="print counts, seconds and memory to stderr")
+    text = "print to stderr what was drafted in each round, and why"
+    describe.add_argument("--explain", action="store_true", help=text)
     describe.add_argument(
         "--no-draft", dest="drafter", action="store_const", const="none", default=argparse.SUPPRESS,
         help="plain decoding: load no draft (the same as --drafter none)",
@@ -248,6 +251,10 @@ def _add_speed(questions: Any) -> None:
     group.add_argument("--methods", metavar="A,B", help="[default: all]")
     help = "drafted trees; the chain method takes the chains, the tree method the others [default: paper chain:5]"
     group.add_argument("--trees", metavar="TREE", nargs="+", help=help, default=argparse.SUPPRESS)
+    help = "weight-only quantisations of the draft: none, fp8, int8, int4 [default: none]"
+    group.add_argument("--draft-quants", metavar="A,B", help=help)
+    help = "what the auto method's planted draft knows: published, hopeless, changing [default: published]"
+    group.add_argument("--planted-drafts", metavar="A,B", help=help)
     help = "tokens of an answer [default: 256]"
     group.add_argument("--tokens", dest="num_tokens", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
     help = "counted answers of each method [default: 5]"
@@ -281,10 +288,12 @@ def _add_model(parser: argparse.ArgumentParser, *, has_draft: bool) -> None:
 
     add("--target", "Hugging Face directory or hub id of the model whose words come out [default: the bundled pair]")
     if has_draft:
-        add("--draft", "the same for a smaller model of its family; without it a --target decodes plainly")
+        text = "the same for a smaller model of its family, or self (the target drafts for itself); without it a target"
+        add("--draft", f"{text} decodes plainly")
     add("--device", "auto, cpu, cuda, cuda:1, ... [default: auto]")
     if has_draft:
         add("--draft-device", "the draft's [default: the target's]")
+        add("--draft-quant", "weight-only quantisation of the draft: fp8, int8 or int4 [default: none]")
     add("--dtype", "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16 [default: auto]")
 
 
@@ -354,7 +363,7 @@ def _load(args: argparse.Namespace, status: Status) -> SpecVLM:
         raise ConfigError(f"draft={options['draft']!r} is not allowed with --no-draft: leave one of them out")
     from specvlm.engine import SpecVLM, bundled
 
-    if is_plain or args.command == "inspect":
+    if args.command == "inspect":
         options.setdefault("target", bundled("target"))
     return SpecVLM.from_pretrained(**options, **args.settings, watch=status.show)
 
@@ -385,6 +394,8 @@ def _print_json(content: object) -> None:
 
 def _describe(args: argparse.Namespace, status: Status) -> int:
     source, model = _source(args), _load(args, status)
+    from specvlm.explain import explain
+
     request = model.request(source, args.prompt)
     request.seconds.on_stage = status.stages()
     if args.json:
@@ -393,8 +404,10 @@ def _describe(args: argparse.Namespace, status: Status) -> int:
     else:
         with _text_on_stdout(status) as write:
             generation = model.generate_request(request, write)
+    status.clear()
+    if args.explain:
+        print(explain(generation.decisions), file=sys.stderr)
     if args.stats:
-        status.clear()
         print(_account(generation), file=sys.stderr)
     return 0
 
@@ -452,7 +465,7 @@ def _compare(args: argparse.Namespace, status: Status) -> int:
         _print_json(comparison.to_dict())
     else:
         print(comparison.table())
-    return 0 if comparison.is_identical or comparison.is_sampled else 1
+    return 0 if comparison.is_identical else 1
 
 
 def _ties(args: argparse.Namespace, status: Status, source: str | bytes, model: SpecVLM) -> int:
@@ -520,7 +533,11 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
     optional = ("num_tokens", "repeats", "slow_repeats", "trees")
     given: dict[str, Any] = {name: getattr(args, name) for name in optional if hasattr(args, name)}
     given |= {"trees": tuple(given["trees"])} if "trees" in given else {}
-    given |= {"methods": tuple(args.methods.split(","))} if args.methods else {}
+    for name in ("methods", "draft_quants", "planted_drafts"):
+        given |= {name: tuple(getattr(args, name).split(","))} if getattr(args, name) else {}
+    if args.target and args.planted_drafts:
+        raise ConfigError(f"planted_drafts={args.planted_drafts!r} is not allowed beside --target: leave one of them out")
+    given |= {"planted_drafts": ()} if args.target else {}
     counts, ratios = (_numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
     from specvlm.bench import published, runner, speed, subjects
     from specvlm.model import resolve_device, resolve_dtype

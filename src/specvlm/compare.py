@@ -40,11 +40,6 @@ class Comparison:
         return self.difference is None
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether the two may differ: they then share a distribution, not their tokens."""
-        return self.plain.config.sampling.temperature > 0
-
-    @property
     def speedup(self) -> dict[str, float]:
         """Plain time over speculative time: of a token after the first, and of the whole answer."""
         pairs = {
@@ -76,10 +71,9 @@ class Comparison:
         found = self.difference
         if found is None:
             return "identical: yes"
-        sampled = "; sampled texts may differ, their distribution is the same" if self.is_sampled else ""
         return (
             f"identical: no, first at token {found.index}: plain {found.plain_text!r} ({found.plain}), "
-            f"speculative {found.speculative_text!r} ({found.speculative}){sampled}"
+            f"speculative {found.speculative_text!r} ({found.speculative})"
         )
 
 

@@ -154,14 +154,39 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """What is drafted a round."""
+    """What is drafted a round, and by whom."""
 
-    drafter: str = _setting("model", "who drafts: model, or none (plain decoding)", choices="drafters")
-    tree: str | tuple[str, ...] = _setting(
-        "paper",
-        "what is drafted a round: 'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of "
-        "child-rank paths such as 0,1,00,01",
+    drafter: str = _setting(
+        "model",
+        "who drafts: model, self (the target, on the kept visual tokens), lookup (what followed the last words "
+        "before), or none (plain decoding)",
+        choices="drafters",
     )
+    tree: str | tuple[str, ...] = _setting(
+        "dynamic",
+        "what is drafted a round: 'dynamic' (grown by the draft's own probabilities; 'dynamic:NODES:DEPTH' bounds it), "
+        "'paper' (25 nodes, depth 5), 'chain:N', or a comma-separated list of child-rank paths such as 0,1,00,01",
+    )
+    policy: str | None = _setting(
+        None,
+        "auto: choose round by round the tree, or none, that gives the most tokens a second; fixed: always draft the "
+        "tree [default: auto for the tree 'dynamic', else fixed]",
+        choices=("auto", "fixed"),
+    )
+    lookup_tokens: int = _setting(0, "tokens of prompt lookup beside the tree of a model, as a branch of its own")
+    refresh: int = _setting(
+        0, "self-drafting: choose the kept visual tokens anew every this many rounds, by the attention since; 0 never"
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(0 <= self.lookup_tokens <= 32, "lookup_tokens", self.lookup_tokens, "from 0 to 32")
+        _require(self.refresh >= 0, "refresh", self.refresh, "0 or more rounds")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the policy in force chooses, round by round."""
+        return self.policy == "auto" if self.policy else self.tree == "dynamic"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ stay the reference (`eager`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from specvlm.kernels import has_pdl
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.linear import linear
 from specvlm.kernels.norm import add_rms_norm
+from specvlm.kernels.quant import QuantWeight, quantize
 from specvlm.kernels.rope import rope_and_store
 from specvlm.kernels.tree_attention import is_served
 
+Weight = Tensor | QuantWeight
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
 
 
@@ -30,15 +33,15 @@ class _Layer:
     """The weights of one decoder layer."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2 H_kv) * d, D]
+    qkv: Weight  # [(H + 2 H_kv) * d, D]
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [d]
     k_norm: Tensor | None
-    out: Tensor  # [D, H * d]
+    out: Weight  # [D, H * d]
     out_bias: Tensor | None
     mlp_norm: Tensor  # [D]
-    gate_up: Tensor  # [2 * I, D]
-    down: Tensor  # [D, I]
+    gate_up: Weight  # [2 * I, D]
+    down: Weight  # [D, I]
 
 
 class Decoder:
@@ -54,6 +57,22 @@ class Decoder:
         self._final_norm: Tensor = text.norm.weight
         self._eps = float(text.norm.variance_epsilon)
         self.scaling = float(text.layers[0].self_attn.scaling)
+
+    def quantised(self, format: str) -> Decoder:
+        """Return a decoder with weight-only quantised products and the other weights shared.
+
+        Args:
+            format: one of `specvlm.kernels.quant.FORMATS`.
+        """
+        other = copy.copy(self)
+        other._layers = [_quantised(layer, format) for layer in self._layers]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights that a step reads."""
+        weights = [getattr(layer, part.name) for layer in self._layers for part in fields(layer)]
+        return sum(weight.nbytes for weight in (*weights, self._final_norm) if weight is not None)
 
     def rotary(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin [T, d] of the positions ([3, 1, T] for M-RoPE, else [1, T]), in the dtype of `embeds`."""
@@ -132,6 +151,20 @@ def _is_llama_like(layer: Any) -> bool:
     known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
     return {name for name, _ in layer.named_children()} == known and (
         isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+    )
+
+
+def _quantised(layer: _Layer, format: str) -> _Layer:
+    def smaller(weight: Weight) -> QuantWeight:
+        assert isinstance(weight, Tensor), "quantised twice"
+        return quantize(weight, format)
+
+    return replace(
+        layer,
+        qkv=smaller(layer.qkv),
+        out=smaller(layer.out),
+        gate_up=smaller(layer.gate_up),
+        down=smaller(layer.down),
     )
 
 

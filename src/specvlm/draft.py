@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from specvlm import tree, verify
-from specvlm.config import DraftConfig, SamplingConfig
+from specvlm import attention, policy, tree, verify
+from specvlm.config import DraftConfig, PruneConfig, SamplingConfig
 from specvlm.errors import ConfigError
 from specvlm.families import Inputs, Prompt
+from specvlm.growth import HEAD, Growth, merged
+from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
+from specvlm.policy import Acceptance, Observation
+from specvlm.prune import select
 from specvlm.report import Seconds
+from specvlm.session import Session
+from specvlm.tree import Rows, Shape, Tree
 from specvlm.upload import staged, upload
 from specvlm.verify import Accepted, Draft
+
+
+class DraftWarning(UserWarning):
+    """A choice of drafter that works but cannot pay."""
 
 
 @dataclass(frozen=True)
@@ -24,39 +35,65 @@ class Context:
     """One request, as a drafter sees it at its start."""
 
     target: VideoLM
+    session: Session  # the target's; it holds all known tokens but the newest
     inputs: Inputs
     prompt: Prompt  # the target's, unpruned
     keep: Tensor  # [K] int64, ascending indices of the kept visual tokens
+    scores: Tensor  # [V] float32, by which they were kept
     sampling: SamplingConfig
-    dice: verify.Dice
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    acceptance: Acceptance = field(default_factory=Acceptance)  # running, of this request
     eager: bool = False  # run the Hugging Face modules as they are
     seconds: Seconds = field(default_factory=Seconds)  # of the request
 
 
-class Drafter(Protocol):
-    """Proposes tokens. One instance serves one request."""
+class Drafter:
+    """Proposes tokens. One instance serves one request. All but `propose` may be left as it is.
 
-    prunes: bool  # whether it reads the prompt with pruned visual tokens
-    device: torch.device
+    Args:
+        model: the draft model, None where there is none.
+        config: the request's.
+    """
+
+    prunes = False  # whether it reads the prompt with pruned visual tokens
+    device = torch.device("cpu")
 
     def __init__(self, model: VideoLM | None, config: DraftConfig) -> None: ...
 
     def begin(self, context: Context) -> None:
         """Read the prompt."""
-        ...
 
-    def propose(self, token: int, budget: int) -> Draft:
+    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+        """Return what a policy may choose from.
+
+        Args:
+            sizes: numbers of rows (nodes and the root) that the target is prepared to verify.
+        """
+        return [tree.chain(1)]
+
+    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
         """Draft after the known text, whose newest token is `token`.
 
         Args:
             token: the last known token.
-            budget: how many tokens may still be accepted; what lies deeper is wasted. At 0 nothing is drafted.
+            drafted: what the policy chose; an empty one asks for nothing.
         """
-        ...
+        raise NotImplementedError
 
-    def commit(self, accepted: Accepted) -> None:
-        """Learn which nodes of the last draft stand (the bonus token comes with the next `propose`)."""
-        ...
+    def commit(self, accepted: Accepted) -> Sequence[Observation]:
+        """Learn which nodes of the last draft stand (the bonus token comes with the next `propose`).
+
+        Returns:
+            What the policy can learn from it.
+        """
+        return ()
+
+    def rehearse(self, drafted: Shape | Tree) -> None:
+        """Do the work of a round and forget it, so that it can be timed."""
+
+    def watch(self) -> attention.Scores | None:
+        """Return what shall collect the target's attention in the pass that verifies the last draft."""
+        return None
 
 
 DRAFTERS: dict[str, type[Drafter]] = {}
@@ -76,11 +113,13 @@ def check(config: DraftConfig) -> None:
     """Refuse what no drafter can serve.
 
     Raises:
-        ConfigError: there is no drafter of that name (the known are listed) or no such tree.
+        ConfigError: there is no drafter of that name (the known are listed), no such tree or no such policy.
     """
     if config.drafter not in DRAFTERS:
         raise ConfigError(f"drafter={config.drafter!r} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
     tree.parse(config.tree)
+    if config.policy is not None:
+        policy.check(config.policy)
 
 
 def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
@@ -88,229 +127,301 @@ def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
     return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter]
 
 
-def create(config: DraftConfig, model: VideoLM | None) -> Drafter:
+def create(config: DraftConfig, draft: VideoLM | None, target: VideoLM) -> Drafter:
     """Return a new drafter of the class in force."""
-    return kind(config, model)(model, config)
+    found = kind(config, draft)
+    if issubclass(found, SelfDrafter) and (draft is None or draft.hf is not target.hf):
+        return found(target, config)
+    return found(draft, config)
 
 
 @drafter("none")
-class NoDrafter:
+class NoDrafter(Drafter):
     """Proposes nothing: plain decoding, in the same engine and counted in the same way."""
 
-    prunes = False
-    device = torch.device("cpu")
+    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+        """There is nothing to choose."""
+        return []
 
-    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None: ...
-
-    def begin(self, context: Context) -> None:
-        """Do nothing."""
-
-    def propose(self, token: int, budget: int) -> Draft:
+    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
         """Propose nothing."""
         return Draft.empty()
 
-    def commit(self, accepted: Accepted) -> None:
-        """Do nothing."""
 
+@drafter("lookup")
+class LookupDrafter(Drafter):
+    """Proposes what followed the newest tokens when prompt or text held them before: no model, no memory."""
 
-@dataclass(frozen=True)
-class _Level:
-    """One depth of a static tree: how its nodes come out of the rows that were just run, and which of them run next.
+    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
+        self._static = None if isinstance(tree.parse(config.tree), Shape) else tree.parse(config.tree)
+        self._proposed: list[int] = []
 
-    The tensors lie on the draft's device.
-    """
+    def begin(self, context: Context) -> None:
+        """Index the prompt's words."""
+        prompt = context.prompt
+        placeholders = set(prompt.input_ids[prompt.visual_index].tolist())
+        self._lookup = Lookup(placeholders)
+        self._lookup.extend(prompt.input_ids.tolist())
 
-    choices: Tensor  # [n] int64, of each node: its place among the rows' candidates, flattened
-    num_choices: int  # candidates a row
-    inner: Tensor  # [r] int64, places within this depth of the nodes that have children
-    parents: tuple[int, ...]  # of each inner node: its parent among the rows of the round
-    rows: tuple[int, ...]  # of each row just run: its place in Draft.probs
-    paths: tuple[Tensor, Tensor]  # rows [P] and nodes [P]: drafted tokens on the paths of the rows just run
+    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+        """Return chains of any prepared length."""
+        return [tree.chain(size - 1) for size in sizes if 1 < size <= 32]
 
+    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+        """Propose one chain, as long as the tree is deep."""
+        self._lookup.extend([token])
+        self._proposed = self._lookup.find(drafted.depth)
+        if not self._proposed:
+            return Draft.empty()
+        padding = [-1] * (drafted.depth - len(self._proposed))  # one size of pass, whatever was found
+        return Draft.of([*self._proposed, *padding], range(-1, drafted.depth - 1))
 
-# Every round begins with the last two known tokens. The older one was often run before (it is not where a leaf was
-# accepted), but running it again costs nothing beside reading the weights, and the round keeps one shape.
-_HEAD = (-1, 0)
-
-
-def round_passes(topology: tree.Tree) -> list[tuple[int, ...]]:
-    """Return the passes of a round, each as the parents of its rows among the round's rows.
-
-    The first runs the head, every other one the nodes of one depth that have children.
-    """
-    inner = sorted(set(topology.parents))  # -1, the root, comes first: the second row of the head
-    row_of = {node: len(_HEAD) - 1 + place for place, node in enumerate(inner)}
-    depths = [
-        tuple(row_of[topology.parents[node]] for node in inner[1:] if topology.depths[node] == depth)
-        for depth in range(1, topology.depth)
-    ]
-    return [_HEAD, *depths]
-
-
-def _levels(topology: tree.Tree, device: torch.device) -> list[_Level]:
-    inner_nodes, levels = set(topology.parents), []
-    sees = tree.ancestors(topology.parents)
-    later = [*round_passes(topology)[1:], ()]  # behind the deepest nodes nothing runs
-    running, begin = [-1], 0
-    for depth, parents in enumerate(later, 1):
-        nodes = range(begin, begin + topology.depths.count(depth))
-        count = 1 + max(topology.ranks[node] for node in nodes)
-        inner = [node for node in nodes if node in inner_nodes]
-        paths = [(row, int(a)) for row, node in enumerate(running) if node >= 0 for a in sees[node].nonzero()]
-        levels.append(
-            _Level(
-                upload([running.index(topology.parents[n]) * count + topology.ranks[n] for n in nodes], device),
-                count,
-                upload([node - begin for node in inner], device),
-                parents,
-                tuple(node + 1 for node in running),
-                (upload([row for row, _ in paths], device), upload([node for _, node in paths], device)),
-            )
-        )
-        running, begin = inner, nodes.stop
-    return levels
-
-
-Forward = Callable[[Tensor, tuple[int, ...]], Tensor]  # tokens [N], their parents -> logits [N, vocab]
-Choose = Callable[[Tensor, _Level], Tensor]  # logits [R, vocab] of the rows just run -> candidates [R, num_choices]
+    def commit(self, accepted: Accepted) -> Sequence[Observation]:
+        """Add what stands to the index."""
+        stood = len(accepted.nodes)
+        self._lookup.extend(accepted.token_ids[:stood])
+        seen = min(stood + 1, len(self._proposed))
+        return [Observation(depth + 1, 0 if depth < stood else None) for depth in range(seen)]
 
 
 @drafter("model")
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A smaller model of the family that sees the kept visual tokens and all text (SpecVLM, section 3).
 
-    A greedy round (all depths of the tree) is one function of fixed shape that waits for nothing, so that a GPU runs it
-    as one CUDA graph.
+    Each pass of a round is a function of fixed shape that waits for nothing: a CUDA graph on a GPU.
     """
 
     prunes = True
 
     def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
         if model is None:
-            raise ConfigError("drafter='model' needs a draft model: name one, or choose drafter='none'")
+            raise ConfigError(f"drafter={config.drafter!r} needs a draft model: name one, or choose drafter='none'")
         self._model = model
         self.device = model.device
-        self._tree = tree.parse(config.tree)
+        self._config = config
+        self._parsed = tree.parse(config.tree)
+        self._extra = Lookup()
+        self._drafted: Shape | Tree = tree.PLAIN
+        self._num_nodes = 0
 
     @torch.inference_mode()
     def begin(self, context: Context) -> None:
-        """Encode, prune and prefill the prompt on the draft; capture the round."""
-        model, self._sampling, self._dice = self._model, context.sampling, context.dice
-        same = model is context.target
-        prompt = context.prompt if same else model.encode(context.inputs)
-        self._vocab_size = context.target.vocab_size
-        self._shared = min(model.vocab_size, self._vocab_size)
-        pruned = prompt.select(context.keep.to(model.device))
-        room = context.sampling.max_new_tokens + len(self._tree) + len(_HEAD)
-        self._session, _, _ = model.start(pruned, room, eager=context.eager)
+        """Encode, prune and prefill the prompt on the draft."""
+        model, self._context = self._model, context
+        self._sampling, self._chooser = context.sampling, verify.Chooser(context.sampling)
+        self._shared = min(model.vocab_size, context.target.vocab_size)
+        self._session, pruned = self._start(context)
         self._session.rollback(len(pruned) - 1)
         self._pending = pruned.input_ids[-1:].tolist()  # known tokens that the cache does not hold yet
-        workspace, seen = self._session.workspace, verify.seen_in(prompt.input_ids, model.vocab_size)
-        self._seen: Tensor = workspace.own("seen", lambda: torch.empty_like(seen)).copy_(seen)
-        self._levels: list[_Level] = workspace.own(self._tree, lambda: _levels(self._tree, self.device))
-        self._key = ("round", self._tree, self._shared, self._sampling.penalty)
-        is_greedy = self._sampling.temperature == 0
-        if is_greedy and self._session.is_captured and not workspace.has(self._key):
-            with context.seconds.stage("capture", self.device):
-                self._greedy()
-        elif not is_greedy and not self._session.is_ready(_HEAD):
-            with context.seconds.stage("capture", self.device):
-                self._capture_passes()
+        self._count = 0  # tokens of the text that are known
+        own = self._session.workspace.own
+        seen = verify.seen_in(context.prompt.input_ids.to(model.device), model.vocab_size)
+        self._seen: Tensor = own("seen", lambda: torch.empty_like(seen)).copy_(seen)
+        self._clock: Tensor = own("clock", lambda: torch.zeros(2, dtype=torch.int64, device=model.device))
+        bins = (tree.NUM_RANKS, len(policy.BIN_EDGES) + 1)
+        self._worth: Tensor = own("worth", lambda: torch.zeros(bins, device=model.device))
+        if self._config.lookup_tokens:
+            self._extra = Lookup(set(context.prompt.input_ids[context.prompt.visual_index].tolist()))
+            self._extra.extend(context.prompt.input_ids.tolist())
+
+    def _start(self, context: Context) -> tuple[Session, Prompt]:
+        """Return a session of the draft that holds the pruned prompt, and that prompt."""
+        model = self._model
+        prompt = context.prompt if model is context.target else model.encode(context.inputs)
+        pruned = prompt.select(context.keep.to(model.device))
+        session, _, _ = model.start(pruned, self._room, eager=context.eager)
+        return session, pruned
+
+    @property
+    def _room(self) -> int:
+        return self._context.sampling.max_new_tokens + 2 * tree.MAX_NODES
+
+    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+        """Return dynamic trees of any prepared size, or the one static tree that was asked for."""
+        return policy.shapes(8, 63, sizes) if isinstance(self._parsed, Shape) else [self._parsed]
 
     @torch.inference_mode()
-    def propose(self, token: int, budget: int) -> Draft:
-        """Draft the static tree, one pass a level."""
+    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+        """Draft a tree, one pass a level."""
+        self._learn_token(token)
+        self._drafted = drafted
+        if not len(drafted):
+            return Draft.empty(self.device)
+        draft = self._grown(drafted)
+        self._num_nodes = len(draft)
+        if self._config.lookup_tokens and (found := self._extra.find(self._config.lookup_tokens)):
+            padding = [-1] * (self._config.lookup_tokens - len(found))
+            draft = merged(draft, [*found, *padding], self.device)
+        return draft
+
+    def _learn_token(self, token: int) -> None:
         self._pending.append(token)
+        self._count += 1
         self._see([token])
-        self._drafted: Tensor | None = None
-        if budget == 0:
-            return Draft.empty()
+        self._extra.extend([token])
+
+    def _grown(self, drafted: Shape | Tree) -> Draft:
+        """Run a round's passes; return the tree."""
         self._catch_up()
-        self._session.workspace.tokens[: len(_HEAD)].copy_(staged(self._pending, self.device), non_blocking=True)
-        if self._sampling.temperature > 0:
-            return self._sampled()
-        self._drafted = self._greedy().clone()
-        return Draft(self._drafted, self._tree.parents)
+        session, space = self._session, self._session.workspace
+        space.tokens[: len(HEAD)].copy_(staged(self._pending, self.device), non_blocking=True)
+        if not self._chooser.is_greedy:
+            self._clock.copy_(staged((self._count, self._sampling.seed or 0), self.device), non_blocking=True)
+        if isinstance(drafted, Shape):
+            self._weigh()
+        key = self._growth_key(drafted)
+        growth: Growth = space.own(("growth", key), lambda: self._new_growth(drafted))
+        self._growth = growth
+        self._run(("head", key), partial(self._head, growth))
+        for level in range(1, drafted.depth):
+            self._run(("level", key, level), partial(self._level, growth, level))
+        found: Draft = session.run(("nodes", key, drafted), lambda: growth.nodes(drafted))
+        return found
+
+    def _growth_key(self, drafted: Shape | Tree) -> object:
+        """Return what the fixed tensors of a round depend on: of a shape, its width alone."""
+        sampling = replace(self._sampling, seed=None, max_new_tokens=1, stop=(), ignore_eos=False)
+        return (drafted.width if isinstance(drafted, Shape) else drafted, self._shared, sampling)
+
+    def _new_growth(self, drafted: Shape | Tree) -> Growth:
+        deepest = replace(drafted, depth=tree.MAX_DEPTH) if isinstance(drafted, Shape) else drafted
+        return Growth(deepest, self._worth, self.device)
+
+    def _run(self, key: object, function: Callable[[], None]) -> None:
+        """Run a pass, on a GPU as a graph that is captured the first time."""
+        if self._session.is_captured and not self._session.workspace.has(key):
+            with self._context.seconds.stage("capture", self.device):
+                self._session.run(key, function)
+        else:
+            self._session.run(key, function)
+
+    def _level(self, growth: Growth, level: int) -> None:
+        self._offer(growth, level, *growth.run_next(level))
+
+    def _head(self, growth: Growth) -> None:
+        tokens = self._session.workspace.tokens[: len(HEAD)]
+        self._offer(growth, 0, tokens, growth.start(tokens))
+
+    def _offer(self, growth: Growth, level: int, tokens: Tensor, rows: Rows) -> None:
+        """Run the rows of a pass and hand their scores to the growth."""
+        known = self._model.vocab_size - 1  # the target's padding rows have no embedding in a draft with fewer of them
+        logits = self._session.forward(tokens.clamp(0, known), rows)
+        if level == 0:
+            logits, rows = logits[-1:], Rows(rows.sees[-1:], rows.depths[-1:])
+        logits = logits[:, : self._shared].float()
+        if self._sampling.penalty != 1:
+            before = growth.row_tokens[: rows.sees.shape[1]]
+            seen = verify.seen_before(self._seen[: self._shared], before, rows.sees)
+            logits = verify.penalise(logits, seen, self._sampling.penalty)
+        if not self._chooser.is_greedy:  # the root, at depth 2 behind the head, stands where the next token is chosen
+            places = self._clock[:1] + (rows.depths - len(HEAD))
+            logits = self._chooser.scores(logits, places, seed=self._clock[1])
+        growth.offer(level, logits)
+
+    def _weigh(self) -> None:
+        """Bring the running acceptance to the device: what a candidate is worth by rank and confidence."""
+        worth = self._context.acceptance.log_worth()
+        self._worth.copy_(staged(worth, self.device, torch.float32).view_as(self._worth), non_blocking=True)
 
     @torch.inference_mode()
-    def commit(self, accepted: Accepted) -> None:
+    def commit(self, accepted: Accepted) -> Sequence[Observation]:
         """Keep the rows of the accepted path but its last token, which opens the next round."""
-        if self._drafted is None:
-            return
-        nodes = accepted.nodes
-        self._session.keep([0, *(self._row_of(node) for node in [-1, *nodes][:-1])])
-        self._pending = [accepted.token_ids[len(nodes) - 1] if nodes else self._pending[-1]]
-        self._see(accepted.token_ids[: len(nodes)])
+        words = accepted.token_ids[:-1]
+        self._see(words)
+        self._extra.extend(words)
+        self._count += len(words)
+        if not len(self._drafted):
+            return ()
+        rows, observations = self._growth.read(self._num_nodes, accepted)
+        self._store(rows, words)
+        return observations
 
-    def _row_of(self, node: int) -> int:
-        """Return the row of the round at which a node that has children was run."""
-        inner = sorted(set(self._tree.parents))  # -1, the root, comes first: the second row of the head
-        return 1 + inner.index(node)
+    def _store(self, rows: Sequence[int], words: Sequence[int]) -> None:
+        """Make rows of the round part of the known text, given those of the accepted nodes, -1 where none was run."""
+        path = [len(HEAD) - 1, *rows][: len(words)]  # of the root and the accepted nodes but the last
+        stored = next((place for place, row in enumerate(path) if row < 0), len(path))
+        self._session.keep([0, *path[:stored]])
+        self._pending = [self._pending[-1], *words][stored:]
+
+    def rehearse(self, drafted: Shape | Tree) -> None:
+        """Do the work of a round and forget it."""
+        pending = list(self._pending)
+        self._pending.append(pending[-1])
+        with torch.inference_mode():
+            self._grown(drafted)
+            self._session.keep(())
+        self._pending = pending
 
     def _catch_up(self) -> None:
         """Run the known tokens before the last two, where the rounds before drafted nothing."""
-        older = self._pending[: -len(_HEAD)]
-        if older:
-            tokens = upload(older, self.device).clamp_max(self._model.vocab_size - 1)
-            self._session.step(tokens, range(-1, len(older) - 1))
-            self._session.keep(range(len(older)))
-        self._pending = self._pending[-len(_HEAD) :]
+        older = self._pending[: -len(HEAD)]
+        while older:
+            part, older = older[: tree.MAX_NODES + 1], older[tree.MAX_NODES + 1 :]
+            size = 1 << (len(part) - 1).bit_length() if self._session.is_captured else len(part)  # few graphs
+            tokens = upload([*part, *[part[-1]] * (size - len(part))], self.device)
+            self._session.step(tokens.clamp_max(self._model.vocab_size - 1), range(-1, size - 1))
+            self._session.keep(range(len(part)))
+        self._pending = self._pending[-len(HEAD) :]
 
     def _see(self, tokens: Sequence[int]) -> None:
-        if self._sampling.penalty != 1:
+        if self._sampling.penalty != 1 and tokens:
             self._seen.index_fill_(0, upload(tokens, self.device).clamp_max(self._model.vocab_size - 1), True)
 
-    @torch.inference_mode()
-    def _greedy(self) -> Tensor:
-        """Return the drafted tokens [N], each the best, second best... continuation of its parent."""
 
-        def round_() -> Tensor:
-            parents: tuple[int, ...] = ()
+@drafter("self")
+class SelfDrafter(ModelDrafter):
+    """The target drafts for itself on the kept visual tokens, with the same weights or a quantised copy of them.
 
-            def forward(tokens: Tensor, new: tuple[int, ...]) -> Tensor:
-                nonlocal parents
-                parents += new
-                return self._session.forward(tokens, self._model.rows(parents, len(new)))
+    Its keys and values are gathered from the target's cache: no second vision pass, no draft prefill. What the target
+    verifies is gathered, too, so that the draft's own rows live for one round only.
+    """
 
-            return self._grow(forward, lambda logits, level: logits.topk(level.num_choices).indices)
+    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
+        super().__init__(model, config)
+        self._rounds = 0
+        self._watched: attention.Scores | None = None
 
-        return self._session.run(self._key, round_)
+    def _start(self, context: Context) -> tuple[Session, Prompt]:
+        if self._model.quant is None and context.keep.shape[0] == context.prompt.num_visual:
+            text = "the target drafts for itself on all visual tokens and with its own weights, which cannot pay: "
+            warnings.warn(f"{text}set draft_quant or a keep_ratio below 1", DraftWarning, stacklevel=2)
+        self._attention = context.scores
+        self._pruned = context.prompt.select(context.keep)
+        rows = context.prompt.rows(context.keep)
+        room, session = self._room, context.session
+        return self._model.branch(self._pruned, session, rows, room, eager=context.eager), self._pruned
 
-    def _sampled(self) -> Draft:
-        """Draw each node's children without replacement."""
-        probs = torch.zeros(len(self._tree) + 1, self._vocab_size, device=self.device)
-
-        def draw(logits: Tensor, level: _Level) -> Tensor:
-            found = verify.logits_to_probs(logits, self._sampling)
-            probs[upload(level.rows, self.device), : self._shared] = found
-            return self._dice.draw_children(found, level.num_choices)
-
-        self._drafted = self._grow(self._session.step, draw)
-        return Draft(self._drafted, self._tree.parents, probs)
-
-    def _capture_passes(self) -> None:
-        """Make ready for the passes of a sampled round, each of which is a step of its own."""
-        for parents in round_passes(self._tree):
-            self._session.step(self._session.workspace.tokens[: len(parents)].clone(), parents)
+    def _store(self, rows: Sequence[int], words: Sequence[int]) -> None:
+        """Forget the round's rows: the target's own of the same tokens come with the next round."""
         self._session.keep(())
+        self._pending += words
 
-    def _grow(self, forward: Forward, choose: Choose) -> Tensor:
-        """Run the head and then the tree level by level; return the tokens [N] of all nodes, breadth-first."""
-        known = self._model.vocab_size - 1  # the target's padding rows have no embedding in a draft with fewer of them
-        logits = forward(self._session.workspace.tokens[: len(_HEAD)].clamp_max(known).clone(), _HEAD)[-1:]
-        tokens = logits.new_empty(0, dtype=torch.int64)
-        for level in self._levels:
-            logits = self._penalised(logits[:, : self._shared], tokens, level)
-            nodes = choose(logits, level).flatten()[level.choices]
-            tokens = torch.cat([tokens, nodes])
-            if level.parents:
-                logits = forward(nodes[level.inner].clamp(0, known), level.parents)
-        return tokens
+    def _catch_up(self) -> None:
+        """Gather the known tokens before the last two from the target, which has verified all but the newest."""
+        count, end = len(self._pending) - len(HEAD), self._context.session.length - 1
+        if count:
+            self._session.copy_rows(self._context.session, slice(end - count, end))
+        self._pending = self._pending[-len(HEAD) :]
 
-    def _penalised(self, logits: Tensor, tokens: Tensor, level: _Level) -> Tensor:
-        if self._sampling.penalty == 1:
-            return logits
-        rows, nodes = level.paths
-        seen = self._seen[: self._shared].repeat(logits.shape[0], 1)
-        seen[rows, tokens[nodes].clamp_max(self._shared - 1)] = seen.new_ones(())  # True would come from the host
-        return verify.penalise(logits.float(), seen, self._sampling.penalty)
+    def watch(self) -> attention.Scores | None:
+        """Return what shall collect the target's attention in this pass, every `refresh` rounds."""
+        self._rounds += 1
+        is_due = self._config.refresh > 0 and self._rounds % self._config.refresh == 0
+        self._watched = attention.Scores(self._context.prompt.visual_index, 0) if is_due else None
+        return self._watched
+
+    def commit(self, accepted: Accepted) -> Sequence[Observation]:
+        """Forget the round; choose the kept tokens anew where the target's attention was watched."""
+        found: Sequence[Observation] = super().commit(accepted)
+        if self._watched is not None:
+            self._choose_again(self._watched)
+        return found
+
+    @torch.inference_mode()
+    def _choose_again(self, watched: attention.Scores) -> None:
+        """Keep what the text attends to by now: half of each token's score is new. One gather replaces the rows."""
+        context, prompt = self._context, self._context.prompt
+        self._attention = (self._attention + watched.mean) / 2
+        keep = select(self._attention, prompt.grid, prompt.visual_id, context.prune)
+        source, place = prompt.visual_index[keep], self._pruned.visual_index
+        self._session.workspace.storage[:, :, :, place] = context.session.workspace.storage[:, :, :, source]

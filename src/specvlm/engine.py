@@ -5,9 +5,11 @@ rounds() is the loop, one item a target pass; stream() turns tokens into text; g
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -15,19 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm import costs, prune, tree, verify, video
 from specvlm import draft as drafting
-from specvlm import prune, tree, verify, video
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
-from specvlm.draft import Context
+from specvlm.draft import Context, Drafter
 from specvlm.errors import CapacityError, ConfigError
 from specvlm.families import Inputs, Message, Prompt, parts, source_of
-from specvlm.model import VideoLM, check_pair
-from specvlm.report import Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
+from specvlm.model import VideoLM, check_pair, check_quant, resolve_device
+from specvlm.policy import Acceptance, Auto, Costs, Fixed, Policy
+from specvlm.report import Decision, Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.session import Session
 from specvlm.text import Chunk, TextStream
+from specvlm.tree import PLAIN
 from specvlm.upload import upload
 
 DEFAULT_PROMPT = "Describe the video in detail."
+_MODEL_FREE = ("none", "lookup")  # drafters that need no draft model
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Request:
     speculation: Speculation = field(default_factory=Speculation)
     seconds: Seconds = field(default_factory=Seconds)
     keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw
+    decisions: list[Decision] = field(default_factory=list)  # one a target pass after the prefill
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class SpecVLM:
         self.target = target
         self.draft = draft
         self.config = config or EngineConfig()
+        self._costs: dict[Hashable, Costs] = {}
+        self._acceptance: dict[Hashable, Acceptance] = {}
         if draft is not None:
             check_pair(target, draft)
 
@@ -96,6 +104,7 @@ class SpecVLM:
         draft: str | os.PathLike[str] | None = None,
         device: str = "auto",
         draft_device: str | None = None,
+        draft_quant: str | None = None,
         dtype: str = "auto",
         watch: Callable[[str], None] = lambda text: None,
         **settings: Any,
@@ -104,9 +113,11 @@ class SpecVLM:
 
         Args:
             target: Hugging Face directory or hub id; None is the bundled pair.
-            draft: the same for the draft; equal to `target` shares the weights; None beside a target is plain decoding.
+            draft: the same for the draft; equal to `target` shares the weights; "self": the target drafts for itself;
+                None beside a target is plain decoding.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             draft_device: the draft's; None is the target's.
+            draft_quant: weight-only quantisation of the draft, "fp8", "int8" or "int4"; the text does not depend on it.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
             watch: told now and then, in words, how far it is.
             **settings: any field of the configs, as in `EngineConfig.replace`.
@@ -115,17 +126,31 @@ class SpecVLM:
             UnsupportedModel: a checkpoint cannot be read or served, or the two do not fit each other.
             ConfigError: a setting is unknown or not allowed.
         """
+        if draft == "self":
+            settings.setdefault("drafter", "self")
         config = _checked(EngineConfig().replace(**settings))
-        if draft_device is not None and draft is None and target is not None:
-            raise ConfigError(f"draft_device={draft_device!r} is not allowed without a draft: name one")
+        drafter = config.draft.drafter
         if target is None:
-            target, draft = bundled("target"), draft or bundled("draft")
+            target, draft = bundled("target"), draft or (bundled("draft") if drafter not in _MODEL_FREE else None)
+        if drafter == "self":
+            draft = draft or "self"
+        for name, value in (("draft_device", draft_device), ("draft_quant", draft_quant)):
+            if value is not None and draft is None:
+                raise ConfigError(f"{name}={value!r} is not allowed without a draft: name one")
+        if draft_device is not None and draft == "self":
+            raise ConfigError(f"draft_device={draft_device!r} is not allowed for self-drafting: leave it out")
+        if draft_quant is not None:
+            check_quant(draft_quant, resolve_device(draft_device or device))
         loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype, watch=watch)
         if draft is None:
             return cls(loaded, None, config)
-        if os.fspath(draft) == os.fspath(target) and draft_device in (None, device):
-            return cls(loaded, loaded, config)
-        small = VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype, watch=watch)
+        is_shared = draft == "self" or (os.fspath(draft) == os.fspath(target) and draft_device in (None, device))
+        small = loaded
+        if not is_shared:
+            small = VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype, watch=watch)
+        if draft_quant is not None:
+            watch(f"quantising {small.name} to {draft_quant}...")
+            small = small.quantised(draft_quant, keep_original=is_shared)
         return cls(loaded, small, config)
 
     def request(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
@@ -147,8 +172,11 @@ class SpecVLM:
             messages = [{"role": "user", "content": video_part + content}]
         elif prompt is not None:
             raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
-        items = [part for message in messages for part in parts(message) if part["type"] != "text"]
-        return Request(config, messages, [(part["type"], source_of(part)) for part in items])
+        every = [part for message in messages for part in parts(message)]
+        if _looks_up(config) and not any(part["text"].strip() for part in every if part["type"] == "text"):
+            text = "an empty prompt has no words to look up, so that only the answer's own are: ask a question"
+            warnings.warn(f"{text}, or draft with a model", drafting.DraftWarning, stacklevel=3)
+        return Request(config, messages, [(part["type"], source_of(part)) for part in every if part["type"] != "text"])
 
     def _in_force(self, config: EngineConfig) -> EngineConfig:
         """Return the config with every default that depends on the checkpoint or on chance filled in."""
@@ -207,11 +235,11 @@ class SpecVLM:
         if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
             problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
             raise CapacityError(f"{problem}: prefill again with that setting")
-        dice = verify.Dice(sampling.seed)
-        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size), dice)
-        ending, drafter = _Ending(sampling, self.target.eos_ids), drafting.create(config.draft, self.draft)
+        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size))
+        ending = _Ending(sampling, self.target.eos_ids)
+        drafter = drafting.create(config.draft, self.draft, self.target)
 
-        draft = verify.Draft.empty()
+        draft = verify.Draft.empty(device)
         observe(start.logits[None])
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
         request.speculation.add(0, 0)
@@ -219,35 +247,70 @@ class SpecVLM:
         yield latest
 
         if latest.finish_reason is None:
-            keep = torch.arange(start.prompt.num_visual, device=device)
-            if drafter.prunes:
-                with stage("prune", device):
-                    keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
-                request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
-            with stage("draft_prefill", device, drafter.device):
-                drafter.begin(
-                    Context(
-                        self.target, start.inputs, start.prompt, keep, sampling, dice, config.run.eager, request.seconds
-                    )
-                )
+            chooser = self._begin(request, start, drafter)
         while latest.finish_reason is None:
             with stage("decode"):
                 token = latest.token_ids[-1]
-                draft = drafter.propose(token, ending.left - 1)
-                drafted = draft.tokens.to(device).clamp_min(0)  # void nodes run, too: one shape, one graph
-                tokens = torch.cat([upload([token], device), drafted])
-                parents = (-1, *(parent + 1 for parent in draft.parents))
-                if not session.is_ready(parents):
+                choice = chooser.choose(ending.left - 1)
+                draft = drafter.propose(token, choice.drafted).to(device)
+                if not session.is_ready(len(draft) + 1):
                     with stage("capture", device):
-                        session.capture(parents)
-                logits = session.step(tokens, parents)
+                        session.capture(len(draft) + 1)
+                tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
+                logits = session.verify(tokens, draft.rows, drafter.watch())
                 observe(logits)
                 accepted = verifier.accept(logits, draft)
                 session.keep((0, *(node + 1 for node in accepted.nodes)))
-                drafter.commit(accepted)
+                chooser.learn(choice, drafter.commit(accepted), len(accepted.token_ids))
             latest = ending.cut(draft, accepted)
-            request.speculation.add(len(draft.parents), latest.num_accepted)
+            request.speculation.add(len(draft), latest.num_accepted)
+            request.decisions.append(Decision(choice, len(latest.token_ids)))
+            if latest.finish_reason is not None and config.draft.is_adaptive:
+                self._acceptance[self._key_of(request)] = chooser.acceptance  # where the next request begins
             yield latest
+
+    def _begin(self, request: Request, start: Prefilled, drafter: Drafter) -> Policy:
+        """Prune, let the drafter read the prompt, and return what chooses its trees."""
+        config, stage, prompt, session = request.config, request.seconds.stage, start.prompt, start.session
+        keep = torch.arange(prompt.num_visual, device=self.target.device)
+        if drafter.prunes:
+            with stage("prune", self.target.device):
+                keep = prune.select(start.scores, prompt.grid, prompt.visual_id, config.prune)
+            request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
+        key = self._key_of(request)
+        acceptance = copy.deepcopy(self._acceptance.get(key)) or Acceptance()
+        with stage("draft_prefill", self.target.device, drafter.device):
+            drafter.begin(
+                Context(
+                    target=self.target,
+                    session=session,
+                    inputs=start.inputs,
+                    prompt=prompt,
+                    keep=keep,
+                    scores=start.scores,
+                    sampling=config.sampling,
+                    prune=config.prune,
+                    acceptance=acceptance,
+                    eager=config.run.eager,
+                    seconds=request.seconds,
+                )
+            )
+        options = drafter.options(costs.sizes(session))
+        if not options:
+            return Fixed(PLAIN, acceptance=acceptance)
+        if not config.draft.is_adaptive:
+            return Fixed(tree.parse(config.draft.tree), acceptance=acceptance)
+        length = (*key, session.length.bit_length())
+        if length not in self._costs:
+            with stage("calibrate", self.target.device, drafter.device):
+                self._costs[length] = costs.measure(session, drafter, options)
+        return Auto(self._costs[length], options, acceptance)
+
+    @staticmethod
+    def _key_of(request: Request) -> tuple[Hashable, ...]:
+        """Return what times and acceptance of a loaded pair depend on, the length of the prompt left out."""
+        config = request.config
+        return config.draft, config.prune, config.run, config.sampling.temperature, config.sampling.penalty
 
     def stream(self, source: Any, prompt: str | None = None, **settings: Any) -> Iterator[Chunk]:
         """Yield the text as it is verified; the last chunk carries finish_reason.
@@ -297,6 +360,7 @@ class SpecVLM:
             peak_memory_bytes=measure_peak(*devices),
             config=request.config,
             models=self.models,
+            decisions=tuple(request.decisions),
         )
 
     @property
@@ -308,7 +372,8 @@ class SpecVLM:
             "draft": draft.name if draft else None,
             "device": str(self.target.device),
             "draft_device": str(draft.device) if draft else None,
-            "dtype": str(self.target.hf.dtype).removeprefix("torch."),
+            "draft_quant": draft.quant if draft else None,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
         }
 
     def _read(self, request: Request) -> Inputs:
@@ -354,6 +419,10 @@ def _checked(config: EngineConfig) -> EngineConfig:
     drafting.check(config.draft)
     prune.get(config.prune.pruner)
     return config
+
+
+def _looks_up(config: EngineConfig) -> bool:
+    return config.draft.drafter == "lookup" or config.draft.lookup_tokens > 0
 
 
 def _first_score_row(prompt: Prompt, target: VideoLM, config: EngineConfig) -> int | None:

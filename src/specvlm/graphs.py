@@ -10,16 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from specvlm.tree import MAX_NODES
 from specvlm.upload import staged
 
+T = TypeVar("T")
 _ROUND_UP = 1024  # rows: capacities of similar requests coincide, so that their workspace can be shared
-_MOST_GRAPHS = 64  # of a workspace: a drafter whose trees change every round must not fill the GPU with them
+_MOST_GRAPHS = 192  # of a workspace: a drafter whose trees change every round must not fill the GPU with them
 _MOST_FREE = 2  # a model that drafts for itself leases two at a time
 
 
@@ -28,7 +28,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Graph:
+class Graph(Generic[T]):
     """A function of no arguments, captured once, that reads and writes memory of fixed place.
 
     Args:
@@ -36,7 +36,7 @@ class Graph:
         pool: memory pool shared with the other graphs of the workspace, which never run at the same time.
     """
 
-    def __init__(self, run: Callable[[], Tensor], pool: Any, device: torch.device) -> None:
+    def __init__(self, run: Callable[[], T], pool: Any, device: torch.device) -> None:
         with on(device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
@@ -47,7 +47,7 @@ class Graph:
             with torch.cuda.graph(self._graph, pool=pool):
                 self._output = run()
 
-    def replay(self) -> Tensor:
+    def replay(self) -> T:
         """Run it; return its output, which the next replay overwrites."""
         self._graph.replay()
         return self._output
@@ -68,9 +68,10 @@ class Workspace:
         self.device = device
         self.storage = torch.empty(layers, 2, heads, capacity, head_dim, dtype=dtype, device=device)
         self.state = torch.zeros(2, dtype=torch.int32, device=device)  # rows of the known text, position of the next
+        self._state = (0, 0)  # what `state` holds
         self.tokens = torch.zeros(MAX_NODES + 1, dtype=torch.int64, device=device)  # input rows of a pass
         self._owned: dict[Hashable, Any] = {}
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, Graph[Any]] = {}
         self._pool: Any = None
 
     @property
@@ -80,7 +81,9 @@ class Workspace:
 
     def set_state(self, length: int, position: int) -> None:
         """Say how many rows the known text has, and at which position the next one stands."""
-        self.state.copy_(staged((length, position), self.device, torch.int32), non_blocking=True)
+        if (length, position) != self._state:
+            self._state = (length, position)
+            self.state.copy_(staged(self._state, self.device, torch.int32), non_blocking=True)
 
     def own(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what graphs need besides (tensors of fixed place), made on first use and kept as long as they."""
@@ -92,7 +95,7 @@ class Workspace:
         """Whether a graph was captured under this key."""
         return key in self._graphs
 
-    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
         """Run a function as the graph of this key, captured on first use; its output lives until the next run."""
         if key not in self._graphs:
             if len(self._graphs) == _MOST_GRAPHS:
@@ -100,7 +103,8 @@ class Workspace:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             self._graphs[key] = Graph(function, self._pool, self.device)
-        self._graphs[key] = graph = self._graphs.pop(key)  # the last used stands last
+        graph: Graph[T] = self._graphs.pop(key)
+        self._graphs[key] = graph  # the last used stands last
         return graph.replay()
 
 

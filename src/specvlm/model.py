@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -11,15 +12,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from specvlm import attention, tree
-from specvlm.decoder import Decoder, is_supported
+from specvlm.decoder import Decoder, Weight, is_supported
 from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
 from specvlm.families import Family, Inputs, Prompt, family_for
 from specvlm.graphs import Workspaces, on
+from specvlm.kernels.quant import FORMATS, is_served, quantize
 from specvlm.session import FusedSession, HFSession, Session
 
 
@@ -46,7 +48,10 @@ class VideoLM:
         self.decoder = Decoder(language_model) if is_supported(language_model, self.device) else None
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.kv_shape = (int(text.num_hidden_layers), int(text.num_key_value_heads), int(head_dim))  # layers, heads, d
-        self.workspaces = Workspaces(self.kv_shape, hf.lm_head.weight.dtype, self.device)
+        self.quant: str | None = None  # format of the language layers' weights
+        self.head: Weight = hf.lm_head.weight  # [vocab, D]
+        self.dtype: torch.dtype = hf.lm_head.weight.dtype
+        self.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
         self.eos_ids = _eos_ids(hf, self.tokenizer)
         self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)  # what generate() would apply
@@ -115,23 +120,65 @@ class VideoLM:
         Returns:
             The session, the logits [vocab] after the prompt, and the scores [V] float32 (zeros where none were asked).
         """
-        kind = HFSession if eager or self.decoder is None else FusedSession
-        session = kind(self, prompt, len(prompt) + max_new_rows)
+        session = self._session_type(eager)(self, prompt, len(prompt) + max_new_rows)
         if score_from is None:
             return session, session.prefill(prompt, None), torch.zeros(prompt.num_visual, device=self.device)
         scores = attention.Scores(prompt.visual_index, score_from)
         return session, session.prefill(prompt, scores), scores.mean
+
+    @torch.inference_mode()
+    def branch(
+        self, prompt: Prompt, session: Session, rows: Tensor, max_new_rows: int, *, eager: bool = False
+    ) -> Session:
+        """Start a session from another one of the same layers, whose keys and values it copies: no prefill.
+
+        Args:
+            prompt: what the new session starts with.
+            session: holds the prompt, pruned or not.
+            rows: [len(prompt)] int64, the rows of the prompt in that session's cache.
+            max_new_rows: room for new tokens and one tree, in rows.
+            eager: as in `start`.
+        """
+        new = self._session_type(eager)(self, prompt, len(prompt) + max_new_rows)
+        new.position -= len(prompt)  # the copied rows are counted
+        new.copy_rows(session, rows)
+        return new
+
+    def _session_type(self, eager: bool) -> type[Session]:
+        return HFSession if self.decoder is None or (eager and self.quant is None) else FusedSession
+
+    def quantised(self, format: str, *, keep_original: bool = True) -> VideoLM:
+        """Return a copy whose language layers and output head are weight-only quantised, for drafting.
+
+        Vision tower, embeddings, norms and biases are shared. The head has 8 bits at least.
+
+        Args:
+            format: one of `specvlm.kernels.quant.FORMATS`.
+            keep_original: False frees the original's language layers, which can then not run any more.
+
+        Raises:
+            ConfigError: the format is unknown, or this device has no kernel for it.
+            UnsupportedModel: the layers are none that the fused decoder serves.
+        """
+        check_quant(format, self.device)
+        if self.decoder is None:
+            raise UnsupportedModel(f"{self.name}: these layers cannot be quantised: leave draft_quant out")
+        other = copy.copy(self)
+        with on(self.device), torch.no_grad():
+            other.decoder = self.decoder.quantised(format)
+            other.head = quantize(self.hf.lm_head.weight, "fp8" if format == "int4" else format)
+        other.quant = format
+        other.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
+        if not keep_original:
+            self.decoder = None
+            _free_language_layers(self.hf)
+        return other
 
     def rows(self, parents: tuple[int, ...], count: int) -> tree.Rows:
         """Return what the last `count` rows of a tree see, made once a shape."""
         if (parents, count) not in self._rows:
             self._rows[parents, count] = tree.Rows.of(parents, count, self.device)
         return self._rows[parents, count]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocab] float32 of hidden states [..., D]."""
-        logits: Tensor = self.hf.lm_head(hidden)
-        return logits.float()
 
     @contextmanager
     def stock_attention(self) -> Iterator[None]:
@@ -178,6 +225,33 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return names[dtype]
 
 
+def check_quant(format: str, device: torch.device) -> None:
+    """Refuse a quantisation that is unknown or has no kernel on a device.
+
+    Raises:
+        ConfigError: the formats that would do are named.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"draft_quant={format!r} is not allowed: {', '.join(FORMATS)}")
+    if not is_served(format, device):
+        served = [other for other in FORMATS if is_served(other, device)]
+        remedy = f"choose {' or '.join(served)}, or leave it out" if served else "leave it out"
+        raise ConfigError(f"draft_quant={format!r} has no kernel for {device}: {remedy}")
+
+
+@torch.no_grad()
+def _free_language_layers(hf: Any) -> None:
+    """Give back the memory of a Hugging Face model's language layers and of a head of its own."""
+    layers = hf.model.language_model.layers
+    gone = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    if hf.lm_head.weight is not hf.get_input_embeddings().weight:
+        gone.append(hf.lm_head)
+    for module in gone:
+        module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+    if hf.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def check_pair(target: VideoLM, draft: VideoLM) -> None:
     """Refuse a draft that cannot propose for the target.
 
@@ -186,7 +260,7 @@ def check_pair(target: VideoLM, draft: VideoLM) -> None:
     Raises:
         UnsupportedModel: another model_type or another tokenizer; the first differing entry is named.
     """
-    if draft is target:
+    if draft.hf is target.hf:
         return
     if draft.model_type != target.model_type:
         raise UnsupportedModel(

@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specvlm.errors import ConfigError
-from specvlm.tree import MAX_NODES, Tree
+from specvlm.tree import MAX_NODES, NUM_RANKS, PLAIN, Shape, Tree
 
 Array = NDArray[np.float64]
 
-NUM_RANKS = 4  # candidates kept of every drafted row
 WIDTHS = (1, 4, 8)
 BIN_EDGES = (0.95, 0.8, 0.5, 0.25, 0.1, 0.03, 0.005)  # of the draft's probability of a candidate
 NUM_BINS = len(BIN_EDGES) + 1
@@ -42,41 +41,9 @@ _PROBE_SHARE = 0.015  # of the time of plain decoding that probes may take
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a round drafts: a tree grown by the draft's own path probabilities within these bounds."""
-
-    depth: int  # passes of the draft; 0 is plain decoding
-    width: int  # rows of each of its passes after the first, at most
-    nodes: int  # nodes that the target verifies
-
-    def __len__(self) -> int:
-        return self.nodes
-
-
-PLAIN = Shape(0, 0, 0)
-
-
 def bin_of(prob: float) -> int:
     """Return the confidence bin of a candidate that the draft gave this probability; bin 0 is the surest."""
     return sum(prob <= edge for edge in BIN_EDGES)
-
-
-def _pass_rows(drafted: Shape | Tree) -> list[int]:
-    """Return the rows of every draft pass after a round's first."""
-    if isinstance(drafted, Shape):
-        rows = [1]
-        for _ in range(1, drafted.depth):
-            rows.append(min(drafted.width, NUM_RANKS * rows[-1]))
-        return rows[1:]
-    inner = sorted(set(drafted.parents) - {-1})
-    depths = [drafted.depths[node] for node in inner]
-    return [depths.count(depth) for depth in range(1, drafted.depth)]
-
-
-def _num_candidates(depth: int, width: int) -> int:
-    """Return how many nodes a Shape of this depth and width has to choose from."""
-    return NUM_RANKS * (1 + sum(_pass_rows(Shape(depth, width, 0))))
 
 
 def shapes(max_depth: int, max_nodes: int, sizes: Sequence[int]) -> list[Shape]:
@@ -95,9 +62,10 @@ def shapes(max_depth: int, max_nodes: int, sizes: Sequence[int]) -> list[Shape]:
         for depth in range(1, min(max_depth, nodes) + 1):
             narrower = 0
             for width in WIDTHS:
-                is_new = width == 1 or _pass_rows(Shape(depth, width, 0)) != _pass_rows(Shape(depth, narrower, 0))
-                if is_new and 2 * narrower * depth < nodes <= _num_candidates(depth, width):
-                    found.append(Shape(depth, width, nodes))
+                shape = Shape(depth, width, nodes)
+                is_new = width == 1 or shape.passes != Shape(depth, narrower, nodes).passes
+                if is_new and 2 * narrower * depth < nodes <= shape.num_candidates:
+                    found.append(shape)
                 narrower = width
     return found
 
@@ -130,7 +98,7 @@ class Costs:
         """Return the time of a round that drafts this; without nodes it is a plain step."""
         if not len(drafted):
             return self.verify_ms(1)
-        return self.first + sum(map(self.level_ms, _pass_rows(drafted))) + self.verify_ms(len(drafted) + 1)
+        return self.first + sum(map(self.level_ms, drafted.passes[1:])) + self.verify_ms(len(drafted) + 1)
 
 
 @dataclass(frozen=True)
@@ -203,6 +171,10 @@ class Acceptance:
         """Return [NUM_RANKS, NUM_BINS]: the same, by the bin of the draft's own probability of the candidate."""
         probs: Array = (self._bin_hits + _BIN_WEIGHT * np.array(_BIN_PROBS)) / (self._bin_tries + _BIN_WEIGHT)
         return probs
+
+    def log_worth(self) -> list[float]:
+        """Return the log of `by_confidence`, flattened and below 0: what a path's likelihood sums up."""
+        return np.log(np.clip(self.by_confidence(), 1e-6, 0.999)).ravel().tolist()
 
     def _watch(self, observations: Sequence[Observation]) -> None:
         """Forget almost all where the root's candidates hit or miss too unlike what is usual (Page's test, 1954)."""

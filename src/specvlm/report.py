@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import resource
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from specvlm.config import EngineConfig
+from specvlm.policy import Choice
 
 
 @dataclass
@@ -67,11 +69,14 @@ class Speculation:
         return 1 + self.mean_accepted_length
 
 
-_STAGES = ("read", "encode", "prefill", "prune", "draft_prefill", "capture", "decode")
+_STAGES = ("read", "encode", "prefill", "prune", "draft_prefill", "calibrate", "capture", "decode")
 
 
 class Seconds:
-    """Wall time by stage, without that of stages within it. "capture" makes CUDA graphs and compiles kernels, once."""
+    """Wall time by stage, without that of stages within it.
+
+    "calibrate" times passes for the policy, "capture" makes CUDA graphs and compiles kernels: both once.
+    """
 
     def __init__(self) -> None:
         self._stages = dict.fromkeys(_STAGES, 0.0)
@@ -116,6 +121,28 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a target pass after the prefill was to verify, and what it added."""
+
+    choice: Choice
+    num_tokens: int  # new tokens of the text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nodes and depth of the draft, what was expected of it, and what came, as plain JSON types."""
+        choice, times = self.choice, (self.choice.ms, self.choice.plain_ms)
+        ms, plain_ms = (None if math.isnan(value) else value for value in times)
+        return {
+            "nodes": len(choice.drafted),
+            "depth": choice.drafted.depth,
+            "is_probe": choice.is_probe,
+            "expected_tokens": choice.expected_tokens,
+            "expected_ms": ms,
+            "plain_ms": plain_ms,
+            "tokens": self.num_tokens,
+        }
+
+
+@dataclass(frozen=True)
 class Generation:
     """A whole answer and its account."""
 
@@ -127,7 +154,8 @@ class Generation:
     seconds: Seconds
     peak_memory_bytes: int
     config: EngineConfig
-    models: dict[str, str | None]  # target, draft, device, draft_device, dtype
+    models: dict[str, str | None]  # target, draft, device, draft_device, draft_quant, dtype
+    decisions: tuple[Decision, ...] = ()  # one a target pass after the prefill
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types, with the versions of what ran."""
@@ -143,6 +171,7 @@ class Generation:
                 "mean_accepted_length": self.speculation.mean_accepted_length,
                 "acceptance_length": self.speculation.acceptance_length,
                 "accepted_per_depth": per_depth,
+                "decisions": [decision.to_dict() for decision in self.decisions],
             },
             "seconds": self.seconds.to_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,

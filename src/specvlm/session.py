@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from specvlm.upload import upload
 if TYPE_CHECKING:
     from specvlm.model import VideoLM
 
+T = TypeVar("T")
 PREFILL_ROWS = 17 << 10  # rows of one chunk of a prefill: enough for full speed, few enough for its activations
 
 
@@ -46,15 +47,16 @@ class Session(ABC):
         """Store the rows of a part of the prompt; return the hidden states [D] of the last one."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab].
 
-        It reads where the known text ends from `workspace.state`, or from the host, and changes neither.
+        `scores` collects the attention of the first of them. Where the known text ends is read from
+        `workspace.state`, or from the host, and neither is changed.
         """
 
     @abstractmethod
-    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """Run a function that calls `forward`, reads `workspace.tokens` and waits for nothing, as fast as can be."""
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
+        """Run a function that calls `forward`, reads memory of fixed place and waits for nothing, as fast as can be."""
 
     def prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
         """Store the rows of the prompt, in chunks of bounded size; return the logits [vocab] after the last one."""
@@ -64,9 +66,23 @@ class Session(ABC):
                 hidden = self._prefill(part, scores)
                 self.cache.advance(len(part))
             self.length = self.cache.length
-            return self.model.logits(hidden)
+            return self._logits(hidden[None])[0].float()
 
-    @torch.inference_mode()
+    @abstractmethod
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [T, vocab] of hidden states [T, D]."""
+
+    def copy_rows(self, source: Session, rows: Tensor | slice) -> None:
+        """Add rows [n] of another session's cache to the known text: one gather for all layers."""
+        found = source.workspace.storage[:, :, :, rows]
+        count, begin = found.shape[3], self.length
+        self.cache.rollback(begin)
+        self.cache.reserve(count)
+        self.workspace.storage[:, :, :, begin : begin + count] = found
+        self.cache.advance(count)
+        self.length += count
+        self.position += count
+
     def step(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
         """Run N tree rows in one pass; return their logits [N, vocab] float32.
 
@@ -74,27 +90,48 @@ class Session(ABC):
             tokens: [N] int64.
             parents: of each row: a tree row (of this or an earlier step since the last `keep`), -1 for the known text.
         """
-        count = tokens.shape[0]
+        parents = self._parents + tuple(parents)
+        logits = self.verify(tokens, self.model.rows(parents, tokens.shape[0]))
+        self._parents = parents
+        return logits
+
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
+        """Run N tree rows in one pass, as `step` does, of a tree that the host need not know.
+
+        A GPU runs all trees of one size as one graph: what each row sees is its input. With `scores`, which collect the
+        first row's attention, it runs without a graph.
+        """
+        count, of_tree = rows.sees.shape
         if count > MAX_NODES + 1:
             raise ConfigError(f"{count - 1} drafted nodes are too many: a pass verifies at most {MAX_NODES}")
-        self._parents += tuple(parents)
-        rows = self.model.rows(self._parents, count)
         self.cache.reserve(count)
-        self.workspace.tokens[:count].copy_(tokens, non_blocking=True)
-        key = ("step", self._parents, count)
-        found = self.run(key, lambda: self.forward(self.workspace.tokens[:count], rows))
-        logits = found.to(torch.float32, copy=self.is_captured)  # the next replay overwrites a graph's output
+        if scores is not None or not self.is_captured:
+            logits = self.run(None, lambda: self.forward(tokens, rows, scores)).float()
+        else:
+            place = ("rows", count, of_tree)
+            mine = self.workspace.own(place, lambda: tree.Rows(rows.sees.clone(), rows.depths.clone()))
+            mine.sees.copy_(rows.sees, non_blocking=True)
+            mine.depths.copy_(rows.depths, non_blocking=True)
+            self.workspace.tokens[:count].copy_(tokens, non_blocking=True)
+            key = self._key(count, of_tree)
+            found = self.run(key, lambda: self.forward(self.workspace.tokens[:count], mine))
+            logits = found.to(torch.float32, copy=True)  # the next replay overwrites a graph's output
         self.cache.advance(count)
         return logits
 
-    def is_ready(self, parents: tuple[int, ...]) -> bool:
-        """Whether a step of this shape is as fast as it will be."""
-        return not self.is_captured or self.workspace.has(("step", self._parents + parents, len(parents)))
+    def is_ready(self, count: int) -> bool:
+        """Whether a pass of this many rows behind the known text is as fast as it will be."""
+        return not self.is_captured or self.workspace.has(self._key(count, count))
 
-    def capture(self, parents: tuple[int, ...]) -> None:
-        """Make ready for steps of this shape."""
-        self.step(self.workspace.tokens[: len(parents)].clone(), parents)
+    def capture(self, count: int) -> None:
+        """Make ready for passes of this many rows behind the known text."""
+        self.step(self.workspace.tokens[:count].clone(), range(-1, count - 1))
         self.keep(())
+
+    @staticmethod
+    def _key(count: int, of_tree: int) -> Hashable:
+        return ("rows", count, of_tree)
 
     @property
     @abstractmethod
@@ -136,14 +173,19 @@ class HFSession(Session):
             extras = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(prompt.deepstack)}
         return self._language_model(prompt.embeds, prompt.positions, attention.Plan(scores=scores), **extras)[-1]
 
-    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
         count, of_tree = rows.sees.shape
         self.cache.length = self.length + of_tree - count
         positions = self.positions(self.position, rows)
-        return self.model.logits(self._language_model(self.model.embed(tokens), positions, attention.Plan(rows)))
+        plan = attention.Plan(rows, scores)
+        return self._logits(self._language_model(self.model.embed(tokens), positions, plan))
 
-    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.hf.lm_head(hidden)
+        return logits
+
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
         """Run the function."""
         return function()
 
@@ -179,16 +221,18 @@ class FusedSession(Session):
         )
         return hidden[-1]
 
-    def forward(self, tokens: Tensor, rows: tree.Rows) -> Tensor:
+    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
         decoder, start, position = self._decoder, self.workspace.state[:1], self.workspace.state[1:]
         count, of_tree = rows.sees.shape
         embeds = self.model.embed(tokens)
 
-        end = self.length + of_tree
+        first, end = self.length + of_tree - count + 1, self.length + of_tree
         mask = None if tokens.is_cuda else attention.Plan(rows).mask(end)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if scores is not None:
+                scores.add(query[:1].transpose(0, 1)[None], keys[None, :, :first], decoder.scaling)
             if query.is_cuda:
                 out = tree_attention(query[None], keys[None], values[None], start, rows.sees, scaling=decoder.scaling)
                 return out[0]
@@ -197,13 +241,16 @@ class FusedSession(Session):
 
         rotary = decoder.rotary(embeds, self.positions(position, rows))
         hidden = decoder(embeds[0], rotary, self.workspace.storage, start, of_tree - count, attend)
-        return linear(hidden, self.model.hf.lm_head.weight)
+        return self._logits(hidden)
 
-    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """Run the function, on a GPU as a CUDA graph that is captured the first time."""
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.model.head)
+
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
+        """Run the function, on a GPU as a CUDA graph that is captured the first time, unless its key is None."""
         self.workspace.set_state(self.length, self.position)
         with on(self.model.device):
-            return self.workspace.run(key, function) if self.is_captured else function()
+            return function() if key is None or not self.is_captured else self.workspace.run(key, function)
 
     @property
     def is_captured(self) -> bool:

@@ -1,5 +1,7 @@
 """Draft topologies. A chain is a tree; a tree is its nodes' parents, the root (the last known token) left out.
 
+A `Tree` is static: its shape is known beforehand. A `Shape` only bounds a tree that grows anew in every round.
+
 Nodes stand in breadth-first order, so a parent always stands before its children. `parents` holds indices of nodes, -1
 for children of the root; `ranks` says which of its parent's candidates a node is (0 = the draft's first choice).
 """
@@ -24,6 +26,40 @@ PAPER_PATHS = (
     "00000", "00001",
 )  # fmt: skip
 MAX_NODES = 127  # a verification pass has one row more: 128
+MAX_DEPTH = 16  # of a dynamic tree
+NUM_RANKS = 4  # candidates that a dynamic tree keeps of every row that the draft runs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The bounds of a dynamic tree, which grows by the draft's own path probabilities (EAGLE-2, arXiv 2406.16858).
+
+    The draft's first pass gives NUM_RANKS candidates; each further one runs the best `width` candidates of the depth
+    before. Of all candidates the `nodes` with the likeliest paths are verified.
+    """
+
+    depth: int  # passes of the draft; 0 drafts nothing
+    width: int  # rows of each pass after the first, at most
+    nodes: int  # nodes that the target verifies
+
+    def __len__(self) -> int:
+        return self.nodes
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Rows whose candidates each pass of the draft gives."""
+        rows = [1][: self.depth]
+        while len(rows) < self.depth:
+            rows.append(min(self.width, NUM_RANKS * rows[-1]))
+        return tuple(rows)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates among which the nodes are chosen."""
+        return NUM_RANKS * sum(self.passes)
+
+
+PLAIN = Shape(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +84,12 @@ class Tree:
     def depth(self) -> int:
         """Depth of the deepest node, 0 for the empty tree."""
         return max(self.depths, default=0)
+
+    @cached_property
+    def passes(self) -> tuple[int, ...]:
+        """Rows whose candidates each pass of the draft gives: the root, then the nodes with children of each depth."""
+        inner = set(self.parents) - {-1}
+        return (1, *(sum(self.depths[node] == depth for node in inner) for depth in range(1, self.depth)))[: self.depth]
 
 
 def from_paths(paths: Iterable[str]) -> Tree:
@@ -81,8 +123,8 @@ def chain(length: int) -> Tree:
     return Tree(tuple(range(-1, length - 1)), (0,) * length)
 
 
-def parse(spec: str | Iterable[str]) -> Tree:
-    """Build a tree from its setting: "paper", "chain:5", "0,1,00" or a sequence of paths.
+def parse(spec: str | Iterable[str]) -> Tree | Shape:
+    """Build a tree from its setting: "dynamic", "dynamic:25:5", "paper", "chain:5", "0,1,00" or a sequence of paths.
 
     Raises:
         ConfigError: the setting is none of these.
@@ -91,14 +133,31 @@ def parse(spec: str | Iterable[str]) -> Tree:
         return from_paths(spec)
     if spec == "paper":
         return from_paths(PAPER_PATHS)
-    name, _, length = spec.partition(":")
+    name, _, size = spec.partition(":")
     if name == "chain":
-        if not (length.isascii() and length.isdigit()):
+        if not (size.isascii() and size.isdigit()):
             raise ConfigError(f"tree={spec!r} is not allowed: write chain:N with a number N, such as chain:5")
-        return chain(int(length))
+        return chain(int(size))
+    if name == "dynamic":
+        return _dynamic(spec, size or "25:5")
     if spec[:1].isalpha() or not spec:
-        raise ConfigError(f"tree={spec!r} is not allowed: paper, chain:N, or paths such as 0,1,00,01")
+        raise ConfigError(f"tree={spec!r} is not allowed: dynamic, paper, chain:N, or paths such as 0,1,00,01")
     return from_paths(path.strip() for path in spec.split(","))
+
+
+def _dynamic(spec: str, size: str) -> Shape:
+    numbers = size.split(":")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ConfigError(f"tree={spec!r} is not allowed: write dynamic:NODES:DEPTH, such as dynamic:25:5")
+    nodes, depth = map(int, numbers)
+    if not (1 <= nodes <= MAX_NODES and 1 <= depth <= min(MAX_DEPTH, nodes)):
+        allowed = f"1 to {MAX_NODES} nodes, a depth from 1 to {MAX_DEPTH} and to the nodes"
+        raise ConfigError(f"tree={spec!r} is not allowed: {allowed}")
+    for width in (1, 4, 8, 16):
+        shape = Shape(depth, width, nodes)
+        if nodes <= max(shape.num_candidates // 2, depth):
+            return shape
+    raise ConfigError(f"tree={spec!r} is not allowed: {nodes} nodes are too many for a depth of {depth}")
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:
@@ -117,17 +176,36 @@ def ancestors(parents: Sequence[int]) -> Tensor:
     return sees
 
 
+def ancestors_on_device(parents: Tensor, depth: int) -> Tensor:
+    """Do what `ancestors` does for parents [N] int64 of a tree at most this deep, without waiting for the device."""
+    count = parents.shape[0]
+    columns = torch.arange(count, device=parents.device)
+    sees = (parents[:, None] == columns).float() + torch.eye(count, device=parents.device)
+    for _ in range(depth.bit_length()):  # each squaring doubles how far up a node sees
+        sees = (sees @ sees).clamp_max(1)
+    return sees > 0
+
+
 @dataclass(frozen=True)
 class Rows:
     """N new rows of a pass over a tree of M rows, of which they are the last."""
 
     sees: Tensor  # [N, M] bool: what each new row sees of the tree
     depths: Tensor  # [N] int32, 1 for children of the known text
-    is_chain: bool  # the new rows are all of the tree, each below the one before
+    is_chain: bool = False  # known to be all of the tree, each row below the one before
 
     @staticmethod
     def of(parents: Sequence[int], count: int, device: torch.device) -> Rows:
         """Return the last `count` rows of the tree with these parents."""
         sees = ancestors(parents)[len(parents) - count :]
         is_chain = list(parents) == list(range(-1, count - 1))
-        return Rows(sees.to(device), sees.sum(1, dtype=torch.int32).to(device), is_chain)
+        return Rows.that_see(sees.to(device), is_chain)
+
+    @staticmethod
+    def that_see(sees: Tensor, is_chain: bool = False) -> Rows:
+        """Return the rows with this mask [N, M]."""
+        return Rows(sees, sees.sum(1, dtype=torch.int32), is_chain)
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the rows on a device."""
+        return Rows(self.sees.to(device), self.depths.to(device), self.is_chain)

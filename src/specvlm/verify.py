@@ -2,33 +2,66 @@
 
 Row 0 is the root (the last known token), row i + 1 is drafted node i. The logits of a row are the target's for the
 token after it.
+
+Sampling is decided before anything is drafted: every place of the text has its own noise, one Gumbel variable a token
+of the vocabulary, made from the seed and the place alone. The token there is the argmax of log-probability + noise. It
+follows the target's distribution exactly (the Gumbel-max trick), and whatever a drafter proposes, in whatever tree, the
+text is the one that plain decoding gives with that seed (drafter-invariant speculative decoding, arXiv 2408.07978).
+A drafter that adds the same noise to its own logits agrees as often as the two distributions overlap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from specvlm.config import SamplingConfig
-from specvlm.tree import ancestors
+from specvlm.tree import Rows
 from specvlm.upload import upload
+
+
+def _no_numbers() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a round proposes: N nodes, breadth-first."""
+    """What a round proposes: N nodes, parents before their children."""
 
-    tokens: Tensor  # [N] int64; -1 where sampling found no token left to draw: that node and all below it are void
-    parents: tuple[int, ...]  # -1 for children of the root
-    probs: Tensor | None = None  # [N + 1, vocab] when sampling: what the children of root and nodes were drawn from
+    tokens: Tensor  # [N] int64; -1 is a place left empty, which no choice equals
+    parents: Tensor  # [N] int64, -1 for children of the root
+    rows: Rows  # of the root and the nodes, N + 1
+    notes: Tensor = field(default_factory=_no_numbers)  # [any] int64: what the drafter wants to have fetched at the end
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
 
     @staticmethod
-    def empty() -> Draft:
+    def empty(device: torch.device | str = "cpu") -> Draft:
         """Propose nothing: the round is a plain decoding step."""
-        return Draft(torch.empty(0, dtype=torch.int64), ())
+        return _empty(torch.device(device))
+
+    @staticmethod
+    def of(tokens: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu") -> Draft:
+        """Propose tokens that the host knows; parents are indices of nodes, -1 for children of the root."""
+        place = torch.device(device)
+        rows = Rows.of((-1, *(parent + 1 for parent in parents)), len(tokens) + 1, place)
+        return Draft(upload(tokens, place), upload(parents, place), rows, _no_numbers().to(place))
+
+    def to(self, device: torch.device) -> Draft:
+        """Return it on a device."""
+        if self.tokens.device == device == self.rows.sees.device:
+            return self
+        return Draft(self.tokens.to(device), self.parents.to(device), self.rows.to(device), self.notes.to(device))
+
+
+@cache
+def _empty(device: torch.device) -> Draft:
+    return Draft.of((), (), device)
 
 
 @dataclass(frozen=True)
@@ -37,85 +70,63 @@ class Accepted:
 
     nodes: tuple[int, ...]
     token_ids: tuple[int, ...]  # one more than nodes
+    notes: tuple[int, ...] = ()  # of the draft
 
 
-def _certain(token: int, like: Tensor) -> Tensor:
-    probs = torch.zeros_like(like)
-    probs[token] = 1
-    return probs
+class Chooser:
+    """Turns logits into scores whose argmax is the next token: the logits themselves, or noise added when sampling."""
 
+    def __init__(self, sampling: SamplingConfig) -> None:
+        self._sampling = sampling
 
-class Dice:
-    """The randomness of one request, drawn on the CPU so that a seed means the same on every device."""
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the scores are the logits."""
+        return self._sampling.temperature == 0
 
-    def __init__(self, seed: int | None = None) -> None:
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
-
-    def happens(self, probability: float) -> bool:
-        """Return True with this probability; certain from 1 on."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < probability
-
-    def draw(self, probs: Tensor) -> int:
-        """Draw one token from probs [vocab]."""
-        return int(torch.multinomial(probs.cpu(), 1, generator=self._generator))
-
-    def draw_children(self, probs: Tensor, count: int) -> Tensor:
-        """Draw `count` distinct tokens a row, one after another without replacement (Gumbel top-k, arXiv 1903.06059).
+    def scores(self, logits: Tensor, places: Tensor, seed: int | Tensor | None = None) -> Tensor:
+        """Return [N, vocab]: the choice of each row is its argmax.
 
         Args:
-            probs: [N, vocab] float32.
-            count: tokens a row.
-
-        Returns:
-            [N, count] int64, in the order drawn; -1 where a row has fewer tokens of positive probability.
+            logits: [N, vocab].
+            places: [N] int64, how many tokens of the text stand before each row's next one.
+            seed: None is the sampling's; a tensor of one number lets one CUDA graph serve every seed.
         """
-        exponential = torch.empty(probs.shape).exponential_(generator=self._generator).to(probs.device)
-        top = (probs.log() - exponential.log()).topk(count)
-        return top.indices.masked_fill(top.values == -torch.inf, -1)
+        if self.is_greedy:
+            return logits
+        noise = gumbel(self._sampling.seed or 0 if seed is None else seed, places, logits.shape[-1])
+        return logits_to_probs(logits, self._sampling).double().log() + noise
 
 
 class Verifier:
-    """Judges the rounds of one request, greedily or by rejection sampling, and remembers the tokens that were seen.
+    """Judges the rounds of one request and remembers the tokens that were seen.
 
     Args:
         sampling: how tokens are chosen.
         seen: [vocab] bool, tokens of the prompt (`seen_in`); read for the repetition penalty alone.
-        dice: randomness, read when sampling.
     """
 
-    def __init__(self, sampling: SamplingConfig, seen: Tensor, dice: Dice) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: SamplingConfig, seen: Tensor) -> None:
+        self._penalty = sampling.penalty
         self._seen = seen
-        self._dice = dice
-        self._pairs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._chooser = Chooser(sampling)
+        self._count = 0  # tokens of the text
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
-        device = logits.device
-        drafted = draft.tokens.to(device)
-        if self._sampling.penalty != 1:
-            logits = penalise(logits, seen_tokens(self._seen, drafted, *self._paths(draft)), self._sampling.penalty)
-        if self._sampling.temperature == 0:
-            fetched = torch.cat([logits.argmax(-1), drafted]).tolist()  # the round's one host synchronisation
-            count = logits.shape[0]
-            accepted = accept_greedy(fetched[:count], fetched[count:], draft.parents)
-        else:
-            target_probs = logits_to_probs(logits, self._sampling)
-            draft_probs = None if draft.probs is None else draft.probs.to(device)
-            accepted = accept_sampled(target_probs, draft_probs, drafted.tolist(), draft.parents, self._dice)
-        if self._sampling.penalty != 1:
-            self._seen.index_fill_(0, upload(accepted.token_ids, device), True)
+        if self._penalty != 1:
+            seen = seen_before(self._seen, draft.tokens, draft.rows.sees[:, 1:])
+            logits = penalise(logits, seen, self._penalty)
+        scores = self._chooser.scores(logits, draft.rows.depths + (self._count - 1))
+        count = len(draft)
+        numbers = torch.cat([scores.argmax(-1), draft.tokens, draft.parents, draft.notes]).tolist()  # the one wait
+        choice, tokens = numbers[: count + 1], numbers[count + 1 : 2 * count + 1]
+        parents, notes = numbers[2 * count + 1 : 3 * count + 1], numbers[3 * count + 1 :]
+        accepted = accept(choice, tokens, parents, notes)
+        self._count += len(accepted.token_ids)
+        if self._penalty != 1:
+            self._seen.index_fill_(0, upload(accepted.token_ids, logits.device), True)
         return accepted
-
-    def _paths(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Return `path_pairs` of the draft on the device, made once a shape."""
-        if draft.parents not in self._pairs:
-            self._pairs[draft.parents] = path_pairs(draft.parents, self._seen.device)
-        return self._pairs[draft.parents]
 
 
 def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:
@@ -125,27 +136,20 @@ def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:
     return seen
 
 
-def path_pairs(parents: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (rows, nodes) [P] int64: node `nodes[i]` stands on the path of row `rows[i]`, row 0 being the root."""
-    node, ancestor = ancestors(parents).nonzero(as_tuple=True)
-    return (node + 1).to(device), ancestor.to(device)
-
-
-def seen_tokens(seen: Tensor, tokens: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
+def seen_before(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
     """Return which tokens stand before each row's next one.
 
     Args:
-        seen: [vocab] bool, tokens of the prompt and of the text up to and with the root.
-        tokens: [N] int64, drafted nodes.
-        rows: [P] int64, with `nodes` the paths (`path_pairs`).
-        nodes: [P] int64.
+        seen: [vocab] bool, tokens of the prompt and of the known text.
+        tokens: [M] int64 of tree rows.
+        sees: [N, M] bool, which of them stand on each row's path.
 
     Returns:
-        [N + 1, vocab] bool; a row's own path counts, its siblings' tokens do not.
+        [N, vocab] bool; a row's own path counts, its siblings' tokens do not.
     """
-    found = seen.repeat(tokens.shape[0] + 1, 1)
-    found[rows, tokens[nodes]] = found.new_ones(())  # True would come from the host, and wait
-    return found
+    places = tokens.clamp(0, seen.shape[0] - 1).expand(sees.shape)
+    found = torch.zeros(sees.shape[0], seen.shape[0], dtype=torch.float32, device=seen.device)
+    return found.scatter_add_(1, places, sees.float()).bool() | seen
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -174,70 +178,55 @@ def logits_to_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return probs
 
 
-def _children(parents: Sequence[int]) -> list[list[int]]:
-    """Return the children of each row, in the draft's order."""
-    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
-    for node, parent in enumerate(parents):
-        children[parent + 1].append(node)
-    return children
+# Counter-based noise: a 64-bit integer hash (SplitMix64's finaliser), the same on every device. Python's constants
+# exceed int64, where products wrap as they should.
+_GAMMA, _MIX_1, _MIX_2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def accept_greedy(choice: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Accepted:
-    """Follow the target's choice from the root as long as a drafted node agrees.
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Shift right, filling with zeros; int64's own shift repeats the sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * _MIX_1
+    bits = (bits ^ _shifted(bits, 27)) * _MIX_2
+    return bits ^ _shifted(bits, 31)
+
+
+def gumbel(seed: int | Tensor, places: Tensor, vocab_size: int) -> Tensor:
+    """Return standard Gumbel noise [N, vocab] float64, which depends on seed, place and token alone.
 
     Args:
-        choice: the target's argmax after each of the N + 1 rows.
+        seed: from 0 to 2^63 - 1.
+        places: [N] integers.
+        vocab_size: tokens. A larger vocabulary has the same noise on the tokens of a smaller one.
+    """
+    tokens = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=places.device)
+    streams = _mixed(_mixed(places.long() * _GAMMA + seed) + _GAMMA)
+    bits = _shifted(_mixed(streams[:, None] + tokens * _GAMMA), 12)  # 52 bits: with a half added still exact, below 1
+    uniform = (bits.double() + 0.5) * 2.0**-52
+    return -(-uniform.log()).log()
+
+
+def accept(choice: Sequence[int], tokens: Sequence[int], parents: Sequence[int], notes: Sequence[int] = ()) -> Accepted:
+    """Keep the longest path from the root on which every node is what the target chose after its parent.
+
+    Args:
+        choice: the target's token after each of the N + 1 rows.
         tokens: N drafted tokens.
-        parents: N parents, -1 for children of the root.
+        parents: N parents, -1 for children of the root; a parent stands before its children. Siblings may hold the
+            same token: the longer path stands, of equal ones the first.
+        notes: handed on.
     """
-    children, row = _children(parents), 0
+    lengths = [0]  # of the path to each row that agrees, -1 for the others
+    for token, parent in zip(tokens, parents, strict=True):
+        agrees = lengths[parent + 1] >= 0 and choice[parent + 1] == token
+        lengths.append(lengths[parent + 1] + 1 if agrees else -1)
+    row = last = lengths.index(max(lengths))
     nodes: list[int] = []
-    while (match := next((node for node in children[row] if tokens[node] == choice[row]), None)) is not None:
-        nodes.append(match)
-        row = match + 1
-    return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), choice[row]))
-
-
-def accept_sampled(
-    target_probs: Tensor, draft_probs: Tensor | None, tokens: Sequence[int], parents: Sequence[int], dice: Dice
-) -> Accepted:
-    """Accept by rejection so that every token is distributed as the target's (arXiv 2211.17192; trees: 2402.14020).
-
-    The children of a node are drawn one after another without replacement from the draft's distribution there. Each is
-    accepted with probability min(1, target / draft); after a rejection the target's distribution becomes the normalised
-    positive part of target - draft, and the rejected token leaves the draft's. What remains at the end of the path
-    gives the bonus token.
-
-    Args:
-        target_probs: [N + 1, vocab] float32.
-        draft_probs: [N + 1, vocab] float32, the distribution that a row's children were drawn from; zeros for leaves.
-            None: the drafter chose its tokens outright, each with certainty.
-        tokens: N drafted tokens, siblings in the order they were drawn; -1 where none was left to draw.
-        parents: N parents, -1 for children of the root.
-        dice: decides what is accepted and draws the bonus token.
-    """
-    children, row = _children(parents), 0
-    nodes: list[int] = []
-    while True:
-        target, accepted = target_probs[row], None
-        draft = None if draft_probs is None else draft_probs[row]
-        for node in children[row]:
-            token = tokens[node]
-            if token < 0:  # the draft's distribution had no token left, and none for later siblings
-                break
-            proposed = _certain(token, target) if draft is None else draft
-            residual = (target - proposed).clamp_min(0)
-            mass = residual.sum()
-            if dice.happens(float(target[token] / proposed[token])) or (mass == 0 and target[token] > 0):
-                accepted = node
-                break
-            if mass > 0:  # without, the two distributions are equal but for rounding
-                target = residual / mass
-            if draft is not None:
-                draft = draft.clone()
-                draft[token] = 0
-                draft = draft / draft.sum()
-        if accepted is None:
-            return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), dice.draw(target)))
-        nodes.append(accepted)
-        row = accepted + 1
+    while row > 0:
+        nodes.append(row - 1)
+        row = parents[row - 1] + 1
+    nodes.reverse()
+    return Accepted(tuple(nodes), (*(tokens[node] for node in nodes), choice[last]), tuple(notes))

@@ -79,14 +79,16 @@ def step_bytes(model: VideoLM) -> int:
 
     The embedding table counts only where it is the head too, and the vision tower not at all.
     """
+    if model.decoder is not None:
+        return int(model.decoder.nbytes + model.head.nbytes)
     table: Tensor = model.hf.get_input_embeddings().weight
     language = [weight for weight in model.hf.model.language_model.parameters() if weight is not table]
-    return sum(weight.nbytes for weight in (*language, model.hf.lm_head.weight))
+    return int(sum(weight.nbytes for weight in language) + model.head.nbytes)
 
 
 def kv_bytes(model: VideoLM, length: int) -> int:
     """Return the bytes of the keys and values of `length` rows."""
-    return 2 * math.prod(model.kv_shape) * length * int(model.hf.dtype.itemsize)
+    return 2 * math.prod(model.kv_shape) * length * model.dtype.itemsize
 
 
 def floor_ms(model: VideoLM, length: int, read_gb_s: float) -> float:
@@ -97,4 +99,6 @@ def floor_ms(model: VideoLM, length: int, read_gb_s: float) -> float:
 def weight_bytes(*models: VideoLM) -> int:
     """Return the bytes of all weights of the models, vision towers and embedding tables included, each once."""
     weights = {weight.data_ptr(): weight.nbytes for model in models for weight in model.hf.parameters()}
-    return sum(weights.values())
+    weights |= {model.head.data_ptr(): model.head.nbytes for model in models if isinstance(model.head, Tensor)}
+    quantised = {id(model): step_bytes(model) for model in models if model.quant}
+    return int(sum(weights.values()) + sum(quantised.values()))

@@ -132,10 +132,7 @@ class Prompt:
         """
         if keep.shape[0] == self.num_visual:
             return self
-        mask = torch.ones(len(self), dtype=torch.bool, device=self.input_ids.device)
-        mask[self.visual_index] = False
-        mask[self.visual_index[keep]] = True
-        rows = mask.nonzero().squeeze(1)
+        rows = self.rows(keep)
         return replace(
             self,
             input_ids=self.input_ids[rows],
@@ -146,6 +143,13 @@ class Prompt:
             visual_id=self.visual_id[keep],
             deepstack=tuple(features[keep] for features in self.deepstack),
         )
+
+    def rows(self, keep: Tensor) -> Tensor:
+        """Return the ascending places [K + S - V] of the visual tokens `keep` and of all other tokens."""
+        mask = torch.ones(len(self), dtype=torch.bool, device=self.input_ids.device)
+        mask[self.visual_index] = False
+        mask[self.visual_index[keep]] = True
+        return mask.nonzero().squeeze(1)
 
 
 class Family(Protocol):
