@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from specvlm.errors import ConfigError
 from specvlm.kernels import HAS_TRITON
+
+if TYPE_CHECKING:
+    from specvlm.kernels.quant import QuantWeight
 
 MAX_ROWS = 128
 
@@ -63,7 +66,7 @@ class _Workspace:
     arrivals: Tensor  # int32, one for each block of rows; zero between launches
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
     """Return x W^T (+ bias), [..., N], with the same bits on every run.
 
     Triton on a Hopper GPU for at most 128 rows of a 2-byte type, `torch.nn.functional.linear` otherwise. Products on
@@ -71,13 +74,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool =
 
     Args:
         x: [..., K].
-        weight: [N, K], as torch.nn.Linear holds it.
+        weight: [N, K], as torch.nn.Linear holds it, or quantised (see `specvlm.kernels.quant.quant_linear`).
         bias: [N].
         pdl: start while the kernel ahead drains; that kernel must not write to the weight, the bias excepted.
 
     Raises:
         ConfigError: the first call on a device is made while a graph is captured.
     """
+    if not isinstance(weight, Tensor):
+        return weight.product(x, bias, pdl=pdl)
     if not _served(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -134,10 +139,7 @@ def stream_linear(
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    blocks = -(-outputs // plan.block_n)
-    programs = min(plan.programs, blocks * -(-inputs // plan.block_k))
-    if blocks > _MAX_BLOCKS or 2 * programs * plan.block_n * plan.block_t > _PARTIAL_FLOATS:
-        raise ConfigError(f"{plan} does not fit the workspace for {outputs} outputs: take fewer programs")
+    programs = _programs(plan, outputs, -(-inputs // plan.block_k))
     space = _workspace(x.device)
     y = x.new_empty((rows, outputs)) if out is None else out
     _kernel()[(programs,)](
@@ -186,6 +188,15 @@ def _plan_for(x: Tensor, weight: Tensor, pdl: bool) -> LinearPlan:
     if all(part.data_ptr() % 16 == 0 and part.stride(0) % 8 == 0 for part in (x, weight)):
         return plan
     return replace(plan, tma=False, prefetch=0)
+
+
+def _programs(plan: LinearPlan, outputs: int, k_tiles: int) -> int:
+    """Return how many programs share the tiles, at least one each; refuse a plan that outgrows the workspace."""
+    blocks = -(-outputs // plan.block_n)
+    programs = min(plan.programs, blocks * k_tiles)
+    if blocks > _MAX_BLOCKS or 2 * programs * plan.block_n * plan.block_t > _PARTIAL_FLOATS:
+        raise ConfigError(f"{plan} does not fit the workspace for {outputs} outputs: take fewer programs")
+    return programs
 
 
 @cache

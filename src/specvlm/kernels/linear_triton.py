@@ -82,8 +82,10 @@ def _load_rows(
 
 
 @triton.jit
-def _store(y, total, bias, n, t, T, N, HAS_BIAS: tl.constexpr):
-    """Add the bias to rows n of the product, [BLOCK_N, BLOCK_T], round them and store them as columns n of y."""
+def _store(y, total, scale, bias, n, t, T, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scale rows n of the product, [BLOCK_N, BLOCK_T], add the bias, round them and store them as columns n of y."""
+    if HAS_SCALE:
+        total *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     inside = (n < N)[:, None] & (t < T)[None, :]
@@ -97,6 +99,38 @@ def _sum_partials(partial, cells, low, high, AREA: tl.constexpr):
     for program in range(low + 1, high + 1):
         total += tl.load(partial + 2 * program * AREA + cells, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def _finish_block(
+    y, total, scale, bias, partial, arrivals, block, begin, first, tiles, k_tiles, ends, program, programs, T, N,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """Store a block of rows, whose tiles begin at index `begin`, or what this program has of it.
+
+    The program that arrives last at a block of several programs adds up what they left, [BLOCK_N, BLOCK_T] each.
+    """
+    BLOCK_N: tl.constexpr = total.shape[0]
+    BLOCK_T: tl.constexpr = total.shape[1]
+    AREA: tl.constexpr = BLOCK_N * BLOCK_T
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+    begins = begin >= first
+    if begins & ends:
+        _store(y, total, scale, bias, n, t, T, N, HAS_SCALE, HAS_BIAS)
+    else:
+        # at most two of a share's blocks are shared: one begun by an earlier program, one left to a later one
+        own = partial + (2 * program + begins.to(tl.int32)) * AREA
+        tl.store(own + cells, total)
+        if GPU:
+            _barrier()
+        low = _owner(begin, tiles, programs)
+        high = _owner(begin + k_tiles - 1, tiles, programs)
+        if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == high - low:
+            whole = _sum_partials(partial, cells, low, high, AREA)
+            _store(y, whole, scale, bias, n, t, T, N, HAS_SCALE, HAS_BIAS)
+            tl.store(arrivals + block, 0)
 
 
 @triton.jit(do_not_specialize=["T", "programs", "prefetch", "trigger"])
@@ -125,9 +159,6 @@ def stream_linear(
             _fetch_rows(weight_rows, block * BLOCK_N, column, N, K, w_stride, prefetch * BLOCK_K, BLOCK_N)
         tl.extra.cuda.gdc_wait()
 
-    t = tl.arange(0, BLOCK_T)
-    cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
-    AREA: tl.constexpr = BLOCK_N * BLOCK_T
     total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
     for index in tl.range(first, last, num_stages=STAGES):
         block = index // k_tiles
@@ -143,20 +174,8 @@ def stream_linear(
 
         ends = k == k_tiles - 1
         if ends | (index == last - 1):
-            n = row + tl.arange(0, BLOCK_N)
-            begins = index - k >= first
-            if begins & ends:
-                _store(y, total, bias, n, t, T, N, HAS_BIAS)
-            else:
-                # at most two of a share's blocks are shared: one begun by an earlier program, one left to a later one
-                own = partial + (2 * program + begins.to(tl.int32)) * AREA
-                tl.store(own + cells, total)
-                if GPU:
-                    _barrier()
-                low = _owner(index - k, tiles, programs)
-                high = _owner(index - k + k_tiles - 1, tiles, programs)
-                if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == high - low:
-                    whole = _sum_partials(partial, cells, low, high, AREA)
-                    _store(y, whole, bias, n, t, T, N, HAS_BIAS)
-                    tl.store(arrivals + block, 0)
+            _finish_block(
+                y, total, None, bias, partial, arrivals, block, index - k, first, tiles, k_tiles, ends, program,
+                programs, T, N, False, HAS_BIAS, GPU,
+            )  # fmt: skip
             total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)
