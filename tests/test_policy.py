@@ -103,6 +103,7 @@ class Known(Acceptance):
 
     def __init__(self, ranks):
         super().__init__()
+        self.version = 1  # as if something had been learnt
         self.ranks = ranks
 
     def by_depth(self, depth):
@@ -217,8 +218,6 @@ def test_acceptance_starts_from_the_prior_and_the_drafts_own_word():
     edges = (1.0, *policy.BIN_EDGES, 0.0)
     for place, prob in enumerate(confidence[2]):
         assert edges[place] > prob > edges[place + 1]
-        assert policy.bin_of(prob) == place
-    assert policy.bin_of(0.95) == 1
 
 
 def test_acceptance_finds_the_ranks():
@@ -238,11 +237,19 @@ def test_only_what_was_observed_is_forgotten():
     deep = acceptance.by_depth(2)
     assert deep[0, 0] > 0.75 > 0.25 > deep[0, 1]  # the pool draws both depths together
     assert deep[1, 1] > 0.75 > 0.25 > deep[1, 0]
-    acceptance.learn([])
-    assert (acceptance.by_depth(2) == deep).all()
-    for _ in range(3):
+    for _ in range(30):
         acceptance.learn([Observation(1, 0)])
-    assert acceptance.by_depth(2)[1, 1] > 0.6
+    assert acceptance.by_depth(2)[1, 1] > 0.5
+
+
+def test_a_round_that_observed_nothing_changes_nothing():
+    acceptance = Acceptance()
+    acceptance.learn([Observation(1, 0, (3, 4))])
+    before = acceptance.by_depth(2), acceptance.by_confidence(), acceptance.version
+    acceptance.learn([])
+    assert (acceptance.by_depth(2) == before[0]).all()
+    assert (acceptance.by_confidence() == before[1]).all()
+    assert acceptance.version == before[2]
 
 
 def test_depths_never_seen_follow_the_others():
@@ -321,31 +328,32 @@ def test_a_draft_that_can_never_pay_is_never_probed():
 
 
 def test_probes_come_at_their_interval_and_go_on_while_they_hit():
+    interval = math.ceil((BF16.round_ms(Shape(1, 1, 3)) - 17.3) / (0.015 * 17.3))
     chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
-    gaps = []
-    for _ in range(3):
-        gaps.append(0)
-        while not (choice := chooser.choose(99)).is_probe:
-            assert choice.probe_in + gaps[-1] == math.ceil((BF16.round_ms(Shape(1, 1, 3)) - 17.3) / (0.015 * 17.3))
+
+    def plain_steps():
+        for waited in range(interval):
+            choice = chooser.choose(99)
+            assert (choice.drafted, choice.probe_in) == (PLAIN, interval - waited)
             chooser.learn(choice, [], 1)
-            gaps[-1] += 1
-        chooser.learn(choice, [Observation(1, None)], 1)
-    assert gaps == [18, 18, 18]
-    for _ in range(18):
-        chooser.learn(chooser.choose(99), [], 1)
-    for _ in range(3):
+
+    def probe(hit):
         choice = chooser.choose(99)
         assert (choice.is_probe, choice.drafted.depth) == (True, 1)
-        chooser.learn(choice, [Observation(1, 3)], 2)
-    chooser.learn(chooser.choose(99), [Observation(1, None)], 1)
-    assert not chooser.choose(99).is_probe
+        chooser.learn(choice, [Observation(1, hit)], 1 if hit is None else 2)
+
+    for hits in ([None], [None], [0, 3, None], [None]):
+        plain_steps()
+        for hit in hits:
+            probe(hit)
 
 
 def test_two_choosers_of_one_acceptance_learn_from_each_other():
     acceptance = Acceptance()
+    acceptance.learn([Observation(1, 0)])
     short, long = Auto(BF16, SHAPES, acceptance), Auto(BF16, SHAPES, acceptance)
     assert len(long.choose(99).drafted)
-    for _ in range(4):
+    for _ in range(5):
         short.learn(short.choose(99), [Observation(1, None)], 1)
     assert long.choose(99).drafted == PLAIN
 
@@ -445,13 +453,16 @@ def has_switched(choice, ranks):
 
 
 def rounds_until(world, chooser, is_done):
-    """Return the rounds that drafted something before such a choice came."""
+    """Return the rounds that drafted something before such a choice came, or infinity."""
     rounds = 0
-    while not is_done(choice := chooser.choose(10**6)):
+    for _ in range(2000):
+        choice = chooser.choose(10**6)
+        if is_done(choice):
+            return rounds
         seen, tokens = world.round(choice.drafted)
         chooser.learn(choice, seen, tokens)
         rounds += len(choice.drafted) > 0
-    return rounds
+    return math.inf
 
 
 def test_the_first_round_is_modest():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -249,6 +250,7 @@ class SpecVLM:
         if latest.finish_reason is None:
             chooser = self._begin(request, start, drafter)
         while latest.finish_reason is None:
+            captured, begin = request.seconds["capture"], time.perf_counter()
             with stage("decode"):
                 token = latest.token_ids[-1]
                 choice = chooser.choose(ending.left - 1)
@@ -261,7 +263,10 @@ class SpecVLM:
                 observe(logits)
                 accepted = verifier.accept(logits, draft)
                 session.keep((0, *(node + 1 for node in accepted.nodes)))
-                chooser.learn(choice, drafter.commit(accepted), len(accepted.token_ids))
+                observations = drafter.commit(accepted)
+            is_usual = request.seconds["capture"] == captured and bool(len(draft)) == bool(len(choice.drafted))
+            ms = 1e3 * (time.perf_counter() - begin) if is_usual else None
+            chooser.learn(choice, observations, len(accepted.token_ids), ms)
             latest = ending.cut(draft, accepted)
             request.speculation.add(len(draft), latest.num_accepted)
             request.decisions.append(Decision(choice, len(latest.token_ids)))

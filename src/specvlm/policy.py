@@ -23,7 +23,8 @@ from specvlm.tree import MAX_NODES, NUM_RANKS, PLAIN, Shape, Tree
 Array = NDArray[np.float64]
 
 WIDTHS = (1, 4, 8)
-BIN_EDGES = (0.95, 0.8, 0.5, 0.25, 0.1, 0.03, 0.005)  # of the draft's probability of a candidate
+# Of the draft's probability of a candidate; its bin is the number of edges that it does not exceed, 0 the surest.
+BIN_EDGES = (0.95, 0.8, 0.5, 0.25, 0.1, 0.03, 0.005)
 NUM_BINS = len(BIN_EDGES) + 1
 _BIN_PROBS = (0.98, 0.88, 0.65, 0.37, 0.17, 0.06, 0.015, 0.002)  # typical of each bin
 _BIN_WEIGHT = 3.0  # observations that the draft's own word is worth
@@ -38,12 +39,9 @@ _USUAL_SHARE = 0.05
 _TOO_UNLIKELY = math.log(100)
 _KEPT_AT_CHANGE = 0.02  # of older evidence
 _PROBE_SHARE = 0.015  # of the time of plain decoding that probes may take
+_TIME_SHARE = 0.1  # of the latest round in what rounds are thought to take
+_LEAST_LONGER, _MOST_LONGER = 0.5, 2.0  # one round says no more than this
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
-
-
-def bin_of(prob: float) -> int:
-    """Return the confidence bin of a candidate that the draft gave this probability; bin 0 is the surest."""
-    return sum(prob <= edge for edge in BIN_EDGES)
 
 
 def shapes(max_depth: int, max_nodes: int, sizes: Sequence[int]) -> list[Shape]:
@@ -297,8 +295,13 @@ class Policy(Protocol):
         """Return what the next round drafts, where `left` drafted tokens may still be accepted."""
         ...
 
-    def learn(self, choice: Choice, observations: Sequence[Observation], num_tokens: int) -> None:
-        """Take in a round: what was chosen, what it showed and how many tokens it added to the text."""
+    def learn(
+        self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
+    ) -> None:
+        """Take in a round: what was chosen, what it showed, how many tokens it added to the text and how long it took.
+
+        None is a time that says nothing, such as that of a round which was run for the first time.
+        """
         ...
 
 
@@ -325,7 +328,9 @@ class Fixed:
         tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
         return Choice(self._drafted, float(tokens[0]), self._ms, self._plain_ms)
 
-    def learn(self, choice: Choice, observations: Sequence[Observation], num_tokens: int) -> None:
+    def learn(
+        self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
+    ) -> None:
         """Take in a round, for the account."""
         self.acceptance.learn(observations)
 
@@ -353,6 +358,7 @@ class Auto:
         self._is_shallowest = self._depths == self._depths.min(initial=MAX_NODES)
         self._version = -1  # of the acceptance that _tokens were computed from
         self._tokens = np.ones(len(able))
+        self._longer = {True: 1.0, False: 1.0}  # time of late over what the costs say, of plain and of drafting rounds
         self._num_plain = 0  # plain tokens since something was drafted
         self._is_warm = False  # the last round was a probe that hit
 
@@ -360,21 +366,27 @@ class Auto:
         """Return what the next round drafts; what lies deeper than `left` is worthless and no candidate."""
         fits = self._depths <= left
         if not fits.any():
-            return Choice(PLAIN, 1.0, self._plain_ms, self._plain_ms)
-        rates = self._expected() / self._ms
+            return Choice(PLAIN, 1.0, self._plain_now, self._plain_now)
+        rates = self._expected() / (self._ms * self._longer[False])
         best = int(np.where(fits, rates, 0.0).argmax())
-        if rates[best] * self._plain_ms > 1:
+        if rates[best] * self._plain_now > 1:
             return self._choice(best)
         probe = int(np.where(self._is_shallowest, rates, 0.0).argmax())
         wait = self._interval(probe) - self._num_plain
-        if self._is_warm or wait <= 0:
+        is_unknown = self.acceptance.version == 0  # a draft of which nothing is known is probed at once
+        if self._is_warm or is_unknown or wait <= 0:
             return self._choice(probe, is_probe=True)
-        return Choice(PLAIN, 1.0, self._plain_ms, self._plain_ms, best_ms=1 / float(rates[best]), probe_in=wait)
+        return Choice(PLAIN, 1.0, self._plain_now, self._plain_now, best_ms=1 / float(rates[best]), probe_in=wait)
 
-    def learn(self, choice: Choice, observations: Sequence[Observation], num_tokens: int) -> None:
-        """Take in a round: what was chosen, what it showed and how many tokens it added to the text."""
+    def learn(
+        self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
+    ) -> None:
+        """Take in a round: see `Policy`. Rounds that take longer than the costs say are expected to go on doing so."""
         self.acceptance.learn(observations)
         is_plain = not len(choice.drafted)
+        if ms is not None and choice.ms > 0:
+            longer = min(max(ms / choice.ms, _LEAST_LONGER), _MOST_LONGER) * self._longer[is_plain]
+            self._longer[is_plain] += (longer - self._longer[is_plain]) * _TIME_SHARE
         self._num_plain = self._num_plain + num_tokens if is_plain else 0
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
 
@@ -391,8 +403,12 @@ class Auto:
         return max(_SHORTEST_INTERVAL, math.ceil(extra / (_PROBE_SHARE * self._plain_ms)))
 
     def _choice(self, place: int, is_probe: bool = False) -> Choice:
-        tokens, ms = float(self._expected()[place]), float(self._ms[place])
-        return Choice(self._candidates[place], tokens, ms, self._plain_ms, is_probe)
+        tokens, ms = float(self._expected()[place]), float(self._ms[place]) * self._longer[False]
+        return Choice(self._candidates[place], tokens, ms, self._plain_now, is_probe)
+
+    @property
+    def _plain_now(self) -> float:
+        return self._plain_ms * self._longer[True]
 
 
 def check(name: str) -> None:
