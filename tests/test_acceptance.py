@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from specvlm import ConfigError, cli
+from specvlm import ConfigError, SpecVLM, cli
+from specvlm.bench import acceptance
 from specvlm.bench.acceptance import Method, Result, interval, methods, read_clips, table
 from specvlm.engine import bundled
 
@@ -67,6 +68,25 @@ def test_the_command_writes_page_and_lines(tmp_path, capsys):
     assert all(line["is_plain"] and line["is_generate"] for line in lines)
     assert all(line["accepted_tokens"] > 0 and line["completion_tokens"] == 12 for line in lines)
     assert "3 of 3 answers" in page.read_text()
+
+
+def test_every_round_drafts_the_whole_tree_whether_it_pays_or_not(monkeypatch):
+    usual, drafted = SpecVLM.decode, []
+
+    def decode(self, request, start, *args):
+        for latest in usual(self, request, start, *args):
+            drafted.append(len(latest.draft))
+            yield latest
+
+    monkeypatch.setattr(SpecVLM, "decode", decode)
+    monkeypatch.setattr(acceptance, "_generate", lambda *args: [])
+    clips, model = Path(bundled("clips")), SpecVLM.from_pretrained(device="cpu")
+    sweep = [Method("verifier", 0.1, "dynamic")]
+    [found] = acceptance.run(model, clips, read_clips(clips)[:1], sweep, max_new_tokens=24)
+    assert found.is_plain
+    plain, rounds = drafted[:24], drafted[25:]  # each after the token of the prefill
+    assert set(plain) == {0}
+    assert set(rounds[:-1]) == {25}  # the last may have but one token left to come
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,41 @@ import importlib
 import json
 import sys
 import weakref
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from specvlm import ConfigError, SpecVLM, cli
-from specvlm.bench import clips, hardware, passes, peers, planted, plots, published, runner, speed, steps, summary
+from specvlm.bench import (
+    choices,
+    clips,
+    hardware,
+    passes,
+    peers,
+    planted,
+    plots,
+    published,
+    runner,
+    speed,
+    steps,
+    summary,
+)
 from specvlm.bench import vllm_plain as vllm
-from specvlm.bench.subjects import CheckpointSource, PlantedSource
-from specvlm.draft import round_passes
+from specvlm.bench.choices import Change, Chosen
+from specvlm.bench.subjects import CheckpointSource, Layers, PlantedSource
+from specvlm.config import EngineConfig
 from specvlm.engine import bundled
 from specvlm.errors import CapacityError
-from specvlm.tree import parse
+from specvlm.growth import round_passes
+from specvlm.kernels.quant import QuantWeight, dequantize
+from specvlm.policy import Choice, Costs
+from specvlm.report import Decision
+from specvlm.tree import PLAIN, Shape, parse
 
 PAIRS = ("qwen2.5-vl-32b/7b", "qwen3-vl-8b/2b", "llava-onevision-7b/0.5b")
 CPU = torch.device("cpu")
@@ -28,6 +49,7 @@ TINY += ["--repeats", "1", "--slow-repeats", "1"]
 @pytest.fixture(autouse=True)
 def known_rate(monkeypatch):
     monkeypatch.setattr(runner, "read_rate", lambda device: 10.0)
+    monkeypatch.setattr(steps, "_REPEATS", 1)
 
 
 @cache
@@ -35,8 +57,15 @@ def subject(pair):
     return PlantedSource.of(pair, is_tiny=True, seed=0).load(CPU, torch.float32)
 
 
+@cache
+def loaded(pair, layers=None, planted_draft=None):
+    """Return an engine with a planted draft of the smaller model, or of the layers that are named."""
+    draft = subject(pair).draft(layers or Layers("model"))
+    return SpecVLM(subject(pair).target, subject(pair).replanted(draft, planted_draft) if planted_draft else draft)
+
+
 def prefilled(pair, **settings):
-    model = subject(pair).model
+    model = loaded(pair)
     frames = clips.clip(model.target.hf.config, 64, CPU)
     return model.prefill(model.request(frames, clips.PROMPT, max_new_tokens=40, **settings))
 
@@ -50,7 +79,7 @@ def pair(request):
 
 
 def test_every_way_of_decoding_follows_the_plant(pair):
-    model, cycle, start = subject(pair).model, subject(pair).cycle, prefilled(pair)
+    model, cycle, start = loaded(pair), subject(pair).cycle, prefilled(pair)
     last, accepted = int(start.inputs.input_ids[-1]), []
     for settings in ({"drafter": "none"}, {"tree": "chain:3"}, {"tree": "paper", "keep_ratio": 0.2}):
         found = passes.decode(model, start, max_new_tokens=40, **settings)
@@ -73,23 +102,82 @@ def test_a_text_that_leaves_the_cycle_is_noticed():
     assert not cycle.follows(order[0], [order[1], 5])  # an id outside
 
 
-def test_the_draft_ranks_the_next_token_as_drawn():
-    cycle, draft = subject(PAIRS[0]).cycle, subject(PAIRS[0]).model.draft.hf
-    drawn = planted._draw_ranks(cycle, seed=0)
-    along = drawn[cycle.order - cycle.low]
+COUNTS = {"published": [70, 12, 5, 3, 10], "hopeless": [5, 2, 1, 1, 91], "self": [90, 5, 2, 1, 2]}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_hundred_tokens_hold_the_ranks_as_often_as_they_should(name):
+    cycle = subject(PAIRS[0]).cycle
+    along = planted._draw_ranks(cycle, name, seed=0)[cycle.order - cycle.low]
     for hundred in along.view(-1, 100):
-        assert torch.bincount(hundred, minlength=5).tolist() == [70, 12, 5, 3, 10]
+        assert torch.bincount(hundred, minlength=5).tolist() == COUNTS[name]
     assert not torch.equal(along[:100], along[100:200])
-    embeds = draft.get_input_embeddings().weight[cycle.order]
-    logits = draft.lm_head(embeds / embeds.pow(2).mean(1, keepdim=True).sqrt())
-    target = cycle.order.roll(-1)
-    ranks = (logits > logits.gather(1, target[:, None])).sum(1)
-    agreement = (ranks.clamp_max(4) == along).float().mean()
-    assert agreement > 0.85  # at width 256 noise swaps some neighbours
+
+
+def test_a_changing_draft_changes_every_128_tokens():
+    cycle = subject(PAIRS[0]).cycle
+    names = ("changing", "published", "hopeless")
+    changing, good, bad = (planted._draw_ranks(cycle, name, seed=0)[cycle.order - cycle.low] for name in names)
+    is_good = cycle.is_good(cycle.order)
+    assert is_good[:512].tolist() == ([False] * 128 + [True] * 128) * 2
+    assert torch.equal(changing, torch.where(is_good, good, bad))
+    assert float((changing[is_good] == 0).float().mean()) > 0.6 > 0.1 > float((changing[~is_good] == 0).float().mean())
+
+
+def agreement(draft, ranks, cycle):
+    """Return the share of tokens of the cycle whose successor a draft's head holds at the rank that was drawn."""
+    head = dequantize(draft.head, torch.float32) if isinstance(draft.head, QuantWeight) else draft.head
+    embeds = draft.hf.get_input_embeddings().weight[cycle.order]
+    logits = (embeds / embeds.pow(2).mean(1, keepdim=True).sqrt()) @ head.T
+    found = (logits > logits.gather(1, cycle.order.roll(-1)[:, None])).sum(1)
+    return float((found.clamp_max(4) == ranks[cycle.order - cycle.low]).float().mean())
+
+
+@pytest.mark.parametrize(
+    ("layers", "planted_draft"),
+    [
+        (Layers("model"), None),
+        (Layers("model"), "hopeless"),
+        (Layers("model", "int8"), "changing"),
+        (Layers("self"), None),
+        (Layers("self", "int8"), None),
+    ],
+    ids=str,
+)
+def test_a_draft_ranks_the_next_token_as_drawn(layers, planted_draft):
+    cycle, model = subject(PAIRS[0]).cycle, loaded(PAIRS[0], layers, planted_draft)
+    name = planted_draft or {"model": "published", "self": "self"}[layers.drafter]
+    assert (
+        agreement(model.draft, planted._draw_ranks(cycle, name, seed=0), cycle) > 0.85
+    )  # at width 256 noise swaps some
+    assert (model.draft.hf is model.target.hf) is (layers.drafter == "self")
+    assert isinstance(model.draft.head, QuantWeight) is (layers.quant is not None)
+    assert model.draft.quant == layers.quant
+
+
+def test_another_head_leaves_the_model_that_it_was_planted_on_alone():
+    draft = loaded(PAIRS[0]).draft
+    other = loaded(PAIRS[0], None, "hopeless").draft
+    assert other.decoder is not None
+    cycle = subject(PAIRS[0]).cycle
+    again = subject(PAIRS[0]).replanted(draft, "hopeless")
+    assert again.decoder is draft.decoder
+    assert again.workspaces is not draft.workspaces  # graphs hold the head that they were captured with
+    assert torch.equal(again.head, other.head)
+    assert not torch.equal(again.head, draft.head)
+    assert agreement(draft, planted._draw_ranks(cycle, "published", seed=0), cycle) > 0.85
+
+
+def test_a_planted_self_draft_follows_the_plant():
+    model, start = loaded(PAIRS[0], Layers("self", "int8")), prefilled(PAIRS[0])
+    found = passes.decode(model, start, max_new_tokens=40, drafter="self", tree="chain:3")
+    assert subject(PAIRS[0]).cycle.follows(int(start.inputs.input_ids[-1]), found.token_ids)
+    assert found.mean_accepted_length > 2
+    assert found.kept_visual_tokens == 6
 
 
 def test_layers_are_damped_and_the_tower_is_not():
-    hf = subject(PAIRS[0]).model.target.hf
+    hf = subject(PAIRS[0]).target.hf
     layer, block = hf.model.language_model.layers[1], hf.model.visual.blocks[1]
 
     def ratio(one, other):
@@ -105,7 +193,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not():
 
     def head(seed):
         model = planted.build(
-            spec, cycle=planted.Cycle.of(spec, seed), device=CPU, dtype=torch.float32, seed=seed, is_draft=True
+            spec, cycle=planted.Cycle.of(spec, seed), device=CPU, dtype=torch.float32, seed=seed, draft="published"
         )
         return model.hf.lm_head.weight, model.hf.model.language_model.layers[0].self_attn.q_proj.weight
 
@@ -170,7 +258,7 @@ def test_counts_of_visual_tokens(name, wanted, reached):
 
 
 def test_a_clip_has_the_visual_tokens_that_it_should(pair):
-    config, start = subject(pair).model.target.hf.config, prefilled(pair)
+    config, start = subject(pair).target.hf.config, prefilled(pair)
     count = int((start.inputs.input_ids == config.video_token_id).sum())
     assert count == clips.reachable(config, 64)
     assert count in (64, 65)
@@ -182,7 +270,7 @@ def test_a_clip_has_the_visual_tokens_that_it_should(pair):
 
 
 def test_floor_by_hand():
-    target = subject(PAIRS[0]).model.target  # 2 layers, width 256, MLP 384, 4 heads of 64, 2 of them for keys
+    target = subject(PAIRS[0]).target  # 2 layers, width 256, MLP 384, 4 heads of 64, 2 of them for keys
     attention = 256 * 256 + 256 + 2 * (256 * 128 + 128) + 256 * 256
     layer = attention + 3 * 256 * 384 + 2 * 256
     weights = 4 * (2 * layer + 256 + 2048 * 256)
@@ -194,15 +282,31 @@ def test_floor_by_hand():
 
 def test_a_tied_head_is_read_once_and_counts():
     class Tied:
-        hf = subject(PAIRS[0]).model.target.hf
+        hf, decoder = subject(PAIRS[0]).target.hf, None
+        head = hf.lm_head.weight
 
     before = hardware.step_bytes(Tied)
     own = Tied.hf.lm_head.weight
     try:
-        Tied.hf.lm_head.weight = Tied.hf.get_input_embeddings().weight
+        Tied.hf.lm_head.weight = Tied.head = Tied.hf.get_input_embeddings().weight
         assert hardware.step_bytes(Tied) == before
     finally:
         Tied.hf.lm_head.weight = own
+
+
+def test_a_quantised_draft_reads_its_own_bytes():
+    plain, int8 = loaded(PAIRS[0]).draft, loaded(PAIRS[0], Layers("model", "int8")).draft
+    dense = hardware.step_bytes(plain)
+    assert dense / 4 < hardware.step_bytes(int8) < dense / 3.5  # of float32, beside norms, biases and scales
+    # its layers were freed, but for norms and biases; the tower and the embeddings are still there
+    tower = sum(weight.nbytes for weight in plain.hf.model.visual.parameters())
+    table = plain.hf.get_input_embeddings().weight.nbytes
+    least = tower + table + hardware.step_bytes(int8)
+    assert least <= hardware.weight_bytes(int8) < least + dense / 50
+    both = loaded(PAIRS[0], Layers("self", "int8"))
+    assert hardware.weight_bytes(both.target, both.draft) == hardware.weight_bytes(both.target) + hardware.step_bytes(
+        both.draft
+    )
 
 
 def test_the_read_rate_is_in_the_range_of_memories():
@@ -210,19 +314,31 @@ def test_the_read_rate_is_in_the_range_of_memories():
 
 
 def test_passes_of_the_papers_tree():
-    # rows 0 and 1 are the last two known tokens; nodes with children: 0 1 2 3, 00 01 02 10, 000, 0000
-    assert round_passes(parse("paper")) == [(-1, 0), (1, 1, 1, 1), (2, 2, 2, 3), (6,), (10,)]
-    assert round_passes(parse("chain:3")) == [(-1, 0), (1,), (2,)]
+    # the head is the last two known tokens; nodes with children: 0 1 2 3, 00 01 02 10, 000, 0000
+    assert round_passes(parse("paper")) == [2, 4, 4, 1, 1]
+    assert round_passes(parse("chain:3")) == [2, 1, 1]
 
 
 def test_steps_leave_the_session_at_the_prompts_end():
     start = prefilled(PAIRS[0])
-    step = steps.verify(start, "paper", read_gb_s=10.0)
+    step = steps.verify(start, 26, read_gb_s=10.0)
     assert step.rows == 26
     assert step.floor_ms == hardware.floor_ms(start.session.model, len(start.prompt) + 26, 10.0)
     assert start.session.length == len(start.prompt)
-    found = passes.decode(subject(PAIRS[0]).model, start, max_new_tokens=8, drafter="none")
+    found = passes.decode(loaded(PAIRS[0]), start, max_new_tokens=8, drafter="none")
     assert subject(PAIRS[0]).cycle.follows(int(start.inputs.input_ids[-1]), found.token_ids)
+
+
+@pytest.mark.parametrize("layers", [Layers("model", "int8"), Layers("self", "int8")], ids=str)
+def test_a_drafts_passes_run_on_its_own_layers_behind_the_pruned_prompt(layers):
+    model, start = loaded(PAIRS[0], layers), prefilled(PAIRS[0], keep_ratio=0.25)
+    config = EngineConfig().replace(drafter=layers.drafter, keep_ratio=0.25, max_new_tokens=8)
+    session = steps.draft_session(model, start, config)
+    assert session.model is model.draft
+    assert session.length == len(start.prompt) - 64 + 16
+    step = steps.draft(session, [2, 4], read_gb_s=10.0)
+    assert step.rows == 4
+    assert step.floor_ms == hardware.floor_ms(model.draft, session.length + 4, 10.0)
 
 
 def test_a_text_of_one_token_has_no_time_a_token():
@@ -236,15 +352,87 @@ def test_spread_interpolates():
     assert speed.Spread.of([7.0]) == speed.Spread(7.0, 7.0, 7.0)
 
 
-def test_cells_cross_ratios_and_trees():
-    sweep = speed.Sweep(keep_ratios=(0.1, 0.2), trees=("paper", "chain:2"), methods=("plain", "chain", "tree"))
-    assert [(cell.method, cell.keep_ratio, cell.tree) for cell in sweep.cells()] == [
-        ("plain", None, None),
-        ("chain", 0.1, "chain:2"),
-        ("chain", 0.2, "chain:2"),
-        ("tree", 0.1, "paper"),
-        ("tree", 0.2, "paper"),
+def test_cells_cross_ratios_trees_and_drafts():
+    cells = speed.Sweep(
+        keep_ratios=(0.1, 0.2),
+        trees=("paper", "chain:2"),
+        methods=("plain", "chain", "tree", "auto", "self", "lookup"),
+        draft_quants=("none", "int4"),
+        planted_drafts=("published", "hopeless"),
+    ).cells()
+    names = [(cell.method, cell.keep_ratio, cell.tree, str(cell).split(" ", 1)[1:]) for cell in cells[:3]]
+    assert names == [
+        ("plain", None, None, []),
+        ("chain", 0.1, "chain:2", ["chain:2 0.1 published"]),
+        ("chain", 0.1, "chain:2", ["chain:2 0.1 int4 published"]),
     ]
+    count = {method: sum(cell.method == method for cell in cells) for method in speed.ENGINE_METHODS}
+    assert count == {"plain": 1, "chain": 4, "tree": 4, "auto": 8, "self": 4, "lookup": 1}
+    assert {cell.planted_draft for cell in cells if cell.method == "self"} == {"self"}
+    drafters = {cell.method: cell.names["drafter"] for cell in cells}
+    assert drafters == {"plain": None, "chain": "model", "tree": "model", "auto": "model", "self": "self",
+                        "lookup": "lookup"}  # fmt: skip
+    real = speed.Sweep(methods=("tree", "auto", "self"), planted_drafts=()).cells()
+    assert {cell.planted_draft for cell in real} == {None}
+
+
+def test_drafts_are_grouped_by_their_layers_and_the_smaller_model_as_it_is_comes_first():
+    methods = ("self", "auto", "plain", "transformers-eager", "transformers-assisted")
+    groups = speed.Sweep(methods=methods, draft_quants=("fp8", "none")).groups()
+    assert [(layers, [cell.method for cell in cells]) for layers, cells in groups] == [
+        (Layers("model"), ["auto", "plain", "transformers-eager", "transformers-assisted"]),
+        (Layers("self", "fp8"), ["self"]),
+        (Layers("self"), ["self"]),
+        (Layers("model", "fp8"), ["auto"]),
+    ]
+    groups = speed.Sweep(methods=("plain", "self"), draft_quants=("fp8", "int4")).groups()
+    assert [(layers, len(cells)) for layers, cells in groups] == [
+        (Layers("self", "fp8"), 2),
+        (Layers("self", "int4"), 1),
+    ]
+    assert speed.Sweep(methods=("plain",)).groups() == [(None, [speed.Cell("plain")])]
+    assert speed.Sweep(methods=("vllm-plain",)).groups() == []
+
+
+# What a policy chose
+
+
+def decision(drafted, num_tokens=1, is_probe=False):
+    return Decision(Choice(drafted, 1.0, 1.0, 1.0, is_probe), num_tokens)
+
+
+DEEP, SHALLOW = Shape(4, 4, 16), Shape(1, 1, 3)
+
+
+def test_changes_by_hand():
+    is_good = [True] * 5 + [False] * 6 + [True] * 4
+    texts = [
+        decision(DEEP, 3),  # from token 0
+        decision(DEEP, 3),  # 3
+        decision(DEEP, 1),  # 6: hopeless since token 5
+        decision(SHALLOW, 1),  # 7
+        decision(SHALLOW, 1, is_probe=True),  # 8: followed after two rounds
+        decision(PLAIN),  # 9
+        decision(PLAIN),  # 10
+        decision(PLAIN),  # 11: good
+        decision(DEEP, 1, is_probe=True),  # 12
+        decision(SHALLOW, 1),  # 13
+        decision(DEEP, 1),  # 14: followed after two rounds
+    ]
+    assert choices.changes(is_good, texts) == [Change(False, 6, 2), Change(True, 11, 2)]
+    assert choices.changes(is_good, texts[:4]) == [Change(False, 6, None)]
+    assert choices.changes(is_good, texts[:1]) == choices.changes([True] * 15, texts) == []
+
+
+def test_a_plain_pass_follows_at_once_where_the_draft_turns_hopeless():
+    assert choices.changes([True, False, True], [decision(PLAIN)] * 3) == [Change(False, 1, 0), Change(True, 2, None)]
+
+
+def test_shapes_by_share_of_passes():
+    decisions = [
+        decision(drafted) for drafted in (DEEP, PLAIN, DEEP, SHALLOW, Shape(2, 1, 4), Shape(3, 1, 4), PLAIN, DEEP)
+    ]
+    assert choices.shapes(decisions) == [Chosen(16, 4, 3 / 8), Chosen(3, 1, 1 / 8), Chosen(4, 2, 1 / 8)]
 
 
 # The command
@@ -252,7 +440,8 @@ def test_cells_cross_ratios_and_trees():
 NUMBERS = {"visual_tokens", "end_to_end_s", "peak_gib", "weights_gib", "kv_gib", "prompt_tokens", "num_tokens"}
 KEYS = NUMBERS | {
     "pair", "method", "keep_ratio", "tree", "ms_per_token", "steps", "mean_accepted_length", "ttft_s", "follows_plant",
-    "is_plain", "kept_visual_tokens", "round_ms", "prefill_s", "error", "provenance",
+    "is_plain", "kept_visual_tokens", "round_ms", "prefill_s", "error", "provenance", "drafter", "draft_quant",
+    "planted_draft", "passes", "over_plain", "plain_share", "shapes", "changes", "once_s",
 }  # fmt: skip
 
 
@@ -278,7 +467,7 @@ def test_the_command_measures_every_method(tmp_path, capsys):
     out = tmp_path / "sub" / "speed.jsonl"
     assert cli.main([*TINY, "--trees", "paper", "chain:2", "--keep-ratios", "0.2", "--out", str(out)]) == 0
     lines = {line["method"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert [*lines] == ["plain", "chain", "tree", *peers.PEERS]
+    assert [*lines] == ["plain", "chain", "tree", "auto", "lookup", *peers.PEERS, "self"]
     for line in lines.values():
         check_schema(line)
     assert set(lines["plain"]["steps"]) == {"plain"}
@@ -292,6 +481,19 @@ def test_the_command_measures_every_method(tmp_path, capsys):
     assert set(lines["plain"]["ttft_s"]) == {"read", "encode", "prefill"}
     assert set(lines["transformers-eager"]["ttft_s"]) == {"read", "encode_prefill"}
     assert set(lines["plain"]["prefill_s"]) == {"unscored", "scored"}
+    for method in ("auto", "self"):
+        rows = {name: tuple(step["rows"] for step in found) for name, found in lines[method]["passes"].items()}
+        assert rows == {"verify": steps.VERIFIED_ROWS, "draft": steps.DRAFTED_ROWS}
+        assert lines[method]["once_s"]["calibrate"] > 0
+        assert (lines[method]["drafter"], lines[method]["draft_quant"]) == (
+            {"auto": "model"}.get(method, method),
+            "none",
+        )
+    assert lines["auto"]["passes"]["verify"] == lines["self"]["passes"]["verify"]  # timed once
+    assert lines["plain"]["steps"]["plain"] == lines["auto"]["passes"]["verify"][0]
+    assert lines["tree"]["round_ms"] > 0
+    assert lines["auto"]["round_ms"] is lines["tree"]["plain_share"] is lines["self"]["over_plain"] is None
+    assert lines["plain"]["over_plain"] == 1
     shown = capsys.readouterr()
     assert "vllm-plain is left out" in shown.err
     assert "| paper keep 0.2 |" in shown.out
@@ -341,18 +543,85 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
     assert "| plain |" in capsys.readouterr().out
 
 
+def small(**fields):
+    usual = {"visual_tokens": (64,), "num_tokens": 8, "repeats": 1, "slow_repeats": 1}
+    return speed.Sweep(**usual | fields)
+
+
+def test_no_draft_outlives_its_group(monkeypatch):
+    built, usual = [], subject(PAIRS[0])
+
+    def draft(layers):
+        assert all(model() is None for _, model in built)
+        model = usual.draft(layers)
+        built.append((layers, weakref.ref(model)))
+        return model
+
+    sweep = small(methods=("plain", "auto", "self"), draft_quants=("none", "int8"), planted_drafts=("hopeless",))
+    records = list(speed.measure(replace(usual, draft=draft), sweep, 10.0, print))
+    assert [record.error for record in records] == [None] * 5
+    assert [layers for layers, _ in built] == [
+        Layers("model"),
+        Layers("model", "int8"),
+        Layers("self"),
+        Layers("self", "int8"),
+    ]
+    assert all(model() is None for _, model in built)
+
+
+def test_plain_decoding_runs_beside_every_hopeless_draft(monkeypatch):
+    ran, usual = [], passes.decode
+
+    def decode(model, start, **settings):
+        ran.append((settings["drafter"], model.draft.quant))
+        return usual(model, start, **settings)
+
+    monkeypatch.setattr(passes, "decode", decode)
+    sweep = small(methods=("plain", "auto"), draft_quants=("none", "int8"), planted_drafts=("published", "hopeless"))
+    records = list(speed.measure(subject(PAIRS[0]), sweep, 10.0, print))
+    once = [("none", None), ("model", None), ("model", None)]
+    again = [("none", "int8"), ("model", "int8"), ("model", "int8")]
+    assert ran == once * 2 + again * 2
+    assert [record.method for record in records] == ["plain", *["auto"] * 4]
+    assert all(record.over_plain > 0 for record in records)
+    ran.clear()
+    sweep = small(methods=("auto",), planted_drafts=("hopeless",))
+    [record] = speed.measure(subject(PAIRS[0]), sweep, 10.0, print)
+    assert ran == once[:2] * 2
+    assert record.over_plain > 0
+    assert record.is_plain is True
+
+
+def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
+    cheap = Costs({1: 10.0, 64: 11.0}, first=1.0, level={1: 1.0, 8: 1.0})
+    monkeypatch.setattr("specvlm.costs.measure", lambda session, drafter, options: cheap)
+    monkeypatch.setattr(planted, "BLOCK", 48)
+    sweep = small(methods=("auto", "self"), planted_drafts=planted.DRAFTS, num_tokens=150)
+    published, hopeless, changing, itself = speed.measure(subject(PAIRS[0]), sweep, 10.0, print)
+    assert published.plain_share < 0.2 < 0.6 < hopeless.plain_share
+    assert all(shape.depth >= 2 for shape in published.shapes)
+    assert sum(shape.share for shape in published.shapes) <= 1
+    assert itself.mean_accepted_length > published.mean_accepted_length
+    assert published.changes == hopeless.changes == []
+    assert len(changing.changes) == 3
+    for before, after in pairwise(changing.changes):
+        assert before.to_good is not after.to_good
+        assert after.token - before.token == pytest.approx(planted.BLOCK, abs=16)
+    assert any(change.rounds is not None and change.rounds < 20 for change in changing.changes)
+
+
 def test_no_prefill_outlives_the_next(monkeypatch):
     usual, sessions = SpecVLM.prefill, []
 
-    def prefill(self, request):
+    def prefill(self, request, **options):
         assert all(session() is None for session in sessions)
-        start = usual(self, request)
+        start = usual(self, request, **options)
         sessions.append(weakref.ref(start.session))
         return start
 
     monkeypatch.setattr(SpecVLM, "prefill", prefill)
-    sweep = speed.Sweep(visual_tokens=(32, 64), methods=("plain",), num_tokens=4, repeats=1, slow_repeats=1)
-    records = list(speed.measure(subject(PAIRS[0]), sweep, 10.0, lambda text: None))
+    sweep = small(methods=("plain",), visual_tokens=(32, 64))
+    records = list(speed.measure(subject(PAIRS[0]), sweep, 10.0, print))
     assert [record.error for record in records] == [None, None]
     assert len(sessions) == 8
 
@@ -403,6 +672,13 @@ def test_real_checkpoints_have_no_plant(tmp_path, capsys):
         (["--methods", "plain,fast"], "method 'fast' is not known: choose from plain, chain"),
         (["--tokens", "1"], "num_tokens=1 is not allowed: at least 2"),
         (["--repeats", "0"], "repeats=0 is not allowed: at least 1"),
+        (["--draft-quants", "fp4"], "draft_quant 'fp4' is not known: choose from none, fp8, int8, int4"),
+        (
+            ["--planted-drafts", "lucky"],
+            "planted_draft 'lucky' is not known: choose from published, hopeless, changing",
+        ),
+        (["--draft-quants", "none,int4", "--device", "cpu"], "draft_quant='int4' has no kernel for cpu: choose int8"),
+        (["--target", "x", "--draft", "y", "--planted-drafts", "hopeless"], "is not allowed beside --target"),
         (["--device", "abacus"], "device='abacus' is not available"),
         (["--from", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     ],
@@ -502,6 +778,7 @@ def test_vllm_gets_the_language_shapes():
 
 
 def line(method, visual_tokens, ms, tree=None):
+    """Return a line as it was before drafts had names and bits."""
     step = {"ms": ms, "floor_ms": ms / 2, "rows": 1}
     return {
         "pair": "a/b", "method": method, "visual_tokens": visual_tokens, "keep_ratio": tree and 0.1, "tree": tree,
@@ -519,7 +796,49 @@ def test_speedup_is_over_plain_decoding_of_the_same_length():
     assert "| paper keep 0.1 | 2.00 (2.00 to 2.00) | 2.00 |" in summary.table(LINES)
 
 
-@pytest.mark.parametrize("lines", [LINES, LINES[::2]], ids=["several lengths", "one length"])
+def chosen(quant, drafter="model", **fields):
+    step = {"ms": 3.0, "floor_ms": 2.0, "rows": 8}
+    names = {"keep_ratio": 0.1, "drafter": drafter, "draft_quant": quant, "planted_draft": "published"}
+    passes = {"verify": [step | {"rows": 1}, step], "draft": [step]}
+    shapes = [{"nodes": 15, "depth": 4, "share": 0.6}]
+    return line("auto", 64, 1.0) | names | {"passes": passes, "plain_share": 0.25, "shapes": shapes} | fields
+
+
+def test_columns_and_passes_of_chosen_trees():
+    changes = [
+        {"to_good": good, "token": 1, "rounds": rounds} for good, rounds in ((False, 2), (True, 1), (False, None))
+    ]
+    more = [
+        chosen("none"),
+        chosen("fp8", planted_draft="changing", changes=changes),
+        chosen("int4", "self", planted_draft="hopeless", over_plain=1.0123),
+    ]
+    old = summary.table(LINES)
+    assert "chosen" not in old
+    assert "by rows" not in old
+    page = summary.table([*LINES, *more])
+    assert "| auto keep 0.1 | 1.00 (1.00 to 1.00) | 4.00 |" in page
+    assert "| plain 25%, 15/4 60% |  |  |\n" in page
+    assert "| auto keep 0.1 fp8 changing |" in page
+    assert "|  | hopeless 2 -, good 1 |\n" in page
+    assert "| 1.012 |  |\n" in page
+    assert page.endswith(
+        "| pass, ms (x floor), by rows | 1 | 8 |\n|---|---|---|\n| target | 3.00 (1.50x) | 3.00 (1.50x) |\n"
+        "| draft |  | 3.00 (1.50x) |\n| draft fp8 |  | 3.00 (1.50x) |\n| self int4 |  | 3.00 (1.50x) |\n\n"
+        "## a/b, 128 visual tokens\n\n" + page.split("## a/b, 128 visual tokens\n\n")[1]
+    )
+    assert "time over plain" not in summary.table([*LINES, chosen("none", over_plain=0.5)])
+
+
+@pytest.mark.parametrize("name", ["speed-32b", "speed-small"])
+def test_results_of_before_drafts_had_bits_can_be_read(name):
+    file = Path(__file__).parents[1] / "results" / "h200" / f"{name}.jsonl"
+    assert "| paper keep 0.1 |" in summary.table(summary.read([str(file)]))
+
+
+@pytest.mark.parametrize(
+    "lines", [LINES, LINES[::2], [*LINES, chosen("fp8")]], ids=["several lengths", "one", "chosen"]
+)
 def test_plots_are_written(tmp_path, lines):
     pytest.importorskip("matplotlib")
     failed = line("tree", 128, 1.0, "paper") | {"ms_per_token": None, "error": "x"}

@@ -1,8 +1,9 @@
 """How much of the draft does the target accept, by pruner and keep_ratio, and is every answer word for word the same?
 
-Every clip is read, encoded and prefilled once on the target; each method then decodes from there, so methods differ in
-nothing but what the draft sees. Every answer is compared with plain decoding in this engine and with transformers' own
-generate() on the same inputs. The ceiling of MAT is the tree's depth (5 for the paper's).
+Every clip is read, encoded and prefilled once on the target; each method then decodes from there, drafting its tree in
+every round, so methods differ in nothing but what the draft sees. Every answer is compared with plain decoding in this
+engine and with transformers' own generate() on the same inputs. The ceiling of MAT is the tree's depth (5 for the
+paper's).
 
     specvlm bench acceptance                                    # the bundled pair on its 40 held-out clips
     specvlm bench acceptance --target T --draft D --clips DIR   # DIR/clips.jsonl: a line {"id", "file", "prompt"} each
@@ -106,7 +107,7 @@ def run(
         reference = _generate(model, first, start)
         plain = _decode(model, start, first.config.replace(drafter="none"))[1]
         for method in sweep:
-            request, ids = _decode(model, start, first.config.replace(**asdict(method)))
+            request, ids = _decode(model, start, first.config.replace(**asdict(method), policy="fixed"))
             yield Result(
                 clip["id"],
                 **asdict(method),

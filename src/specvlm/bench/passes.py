@@ -10,12 +10,15 @@ import torch
 
 from specvlm.bench.clips import PROMPT
 from specvlm.engine import Prefilled, SpecVLM
-from specvlm.report import measure_peak, reset_peak
+from specvlm.report import Decision, measure_peak, reset_peak
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One answer: `decode_s` reaches from the first token's arrival to the last's, drafting's preparation left out."""
+    """One answer: `decode_s` reaches from the first token's arrival to the last's, drafting's preparation left out.
+
+    So are calibration and the capture of graphs, which come once for a pair and length.
+    """
 
     token_ids: list[int]
     first_ids: int  # tokens that came first, at once; 1 but for assisted generation
@@ -25,6 +28,7 @@ class Pass:
     kept_visual_tokens: int | None = None
     num_rounds: int = 0
     peak_bytes: int = 0
+    decisions: tuple[Decision, ...] = ()  # one a target pass after the first token
 
     @property
     def ms_per_token(self) -> float:
@@ -62,9 +66,10 @@ def decode(model: SpecVLM, start: Prefilled, **settings: Any) -> Pass:
         wall - sum(before.values()),
         before,
         speculation.mean_accepted_length if is_drafted else None,
-        request.usage.kept_visual_tokens if is_drafted else None,
+        None if request.keep is None else request.usage.kept_visual_tokens,
         speculation.rounds,
         measure_peak(*devices),
+        tuple(request.decisions),
     )
 
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from specvlm.bench.passes import Pass, synchronize
 from specvlm.engine import Prefilled, SpecVLM
 from specvlm.graphs import on
+from specvlm.model import VideoLM
 from specvlm.report import measure_peak, reset_peak
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -78,9 +79,9 @@ def generate(model: SpecVLM, start: Prefilled, method: str, num_tokens: int) -> 
     )
 
 
-def forget(model: SpecVLM) -> None:
+def forget(target: VideoLM) -> None:
     """Drop what generate() compiled, with its CUDA graphs and their memory."""
-    hf = model.target.hf
+    hf = target.hf
     if "_compiled_call" in vars(hf):  # where PreTrainedModel.get_compiled_call keeps it
         del hf._compiled_call
         torch.compiler.reset()

@@ -6,17 +6,19 @@ the output head holds, as the row of each token's successor, the token's own emb
 after token i is then successor(i), by a margin of sqrt(width) logits, and greedy text walks one long cycle over
 ordinary tokens. All matrix products and KV reads run at full size, on any engine, unchanged.
 
-A draft knows the target's next token as its 1st, 2nd, 3rd or 4th choice with probabilities .70, .12, .05 and .03, else
-not at all; its other choices are other tokens of the cycle. Every token of the cycle has its rank for good. The
-paper's tree then accepts 2.75 tokens a round on average, a chain of five 1.94.
+A draft knows the target's next token as its 1st, 2nd, 3rd or 4th choice with the probabilities of `RANKS`, else not at
+all; its other choices are other tokens of the cycle. Every token of the cycle has its rank for good. Of the draft
+"published" the paper's tree accepts 2.75 tokens a round on average, a chain of five 1.94. "self" stands for the target
+with fewer bits. Of "changing", stretches of BLOCK tokens along the cycle are "hopeless" and "published" in turn.
 
 It says nothing about pruning quality: that needs trained weights.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from specvlm.bench import tokens
 from specvlm.bench.published import Spec
+from specvlm.errors import UnsupportedModel
 from specvlm.families import family_for
+from specvlm.graphs import Workspaces, on
+from specvlm.kernels.quant import QuantWeight, quantize
 from specvlm.model import VideoLM
 
-RANK_PROBS = (0.70, 0.12, 0.05, 0.03)
+RANKS: Mapping[str, tuple[float, ...]] = {
+    "published": (0.70, 0.12, 0.05, 0.03),
+    "hopeless": (0.05, 0.02, 0.01, 0.01),
+    "self": (0.90, 0.05, 0.02, 0.01),
+}
+DRAFTS = ("published", "hopeless", "changing")  # that a smaller model may be
+BLOCK = 128  # tokens along the cycle between two changes of the draft "changing"
+_NUM_RANKS = 4
 _DAMPING = 1e-2  # of every layer's output
 _RANK_GAP = (
     4.8  # logits between a draft's choices, at most _MAX_STEP of its first: head weights 1, .92, .84, .76 at 3584
@@ -67,13 +79,25 @@ class Cycle:
         path = torch.tensor([previous, *ids])
         return bool((self.along(path[:-1], 1) == path[1:]).all())
 
+    def is_good(self, ids: Tensor) -> Tensor:
+        """Return [n] bool: whether the draft "changing" is "published", not "hopeless", about what follows each id."""
+        return self.place[ids - self.low] // BLOCK % 2 == 1
+
 
 def build(
-    spec: Spec, *, cycle: Cycle, device: torch.device, dtype: torch.dtype, seed: int, is_draft: bool = False
+    spec: Spec, *, cycle: Cycle, device: torch.device, dtype: torch.dtype, seed: int, draft: str | None = None
 ) -> VideoLM:
     """Build and plant one model; equal arguments give equal weights.
 
     The 32B takes about a second on a GPU and never touches the CPU.
+
+    Args:
+        spec: its shapes.
+        cycle: the text of the target.
+        device: where it is built.
+        dtype: of its weights.
+        seed: of weights and ranks.
+        draft: what it knows of the text, a name of `RANKS` or "changing"; None is a target, which knows it all.
     """
     hf = _random_model(spec, device, dtype, seed)
     with torch.no_grad():
@@ -82,8 +106,8 @@ def build(
                 weight.mul_(_DAMPING)
         embeds: Tensor = hf.get_input_embeddings().weight
         embeds.normal_(generator=torch.Generator(device).manual_seed(seed))
-        ranks = _draw_ranks(cycle, seed) if is_draft else torch.zeros_like(cycle.order)
-        _plant_head(hf.lm_head.weight, embeds, cycle, ranks, is_draft=is_draft)
+        ranks = torch.zeros_like(cycle.order) if draft is None else _draw_ranks(cycle, draft, seed)
+        _plant_head(hf.lm_head.weight, embeds, cycle, ranks, is_draft=draft is not None)
     hf.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=spec.ids[spec.eos], pad_token_id=spec.ids["<|endoftext|>"], do_sample=False
     )
@@ -91,6 +115,32 @@ def build(
         tokens.write_processor(spec, Path(folder))
         family = family_for(spec.model_type)(folder, hf.config, tokens.tokenizer(spec))
     return VideoLM(hf, family, name=f"{spec.name} (planted)")
+
+
+def replanted(model: VideoLM, draft: str, *, cycle: Cycle, seed: int) -> VideoLM:
+    """Return a copy with the head of another draft and its own state; layers and embeddings are shared.
+
+    The head is quantised as the model's own is. A copy of the target becomes a draft that shares the target's `hf`.
+
+    Args:
+        model: planted on this cycle.
+        draft: a name of `RANKS` or "changing".
+        cycle: the text of the target.
+        seed: of the ranks.
+
+    Raises:
+        UnsupportedModel: the model runs without the fused decoder, which alone takes another head.
+    """
+    if model.decoder is None:
+        raise UnsupportedModel(f"{model.name}: another head cannot be planted on layers that are not fused")
+    embeds: Tensor = model.hf.get_input_embeddings().weight
+    head = embeds.new_empty(model.vocab_size, embeds.shape[1])
+    with on(model.device), torch.no_grad():
+        _plant_head(head, embeds.detach(), cycle, _draw_ranks(cycle, draft, seed), is_draft=True)
+        other = copy.copy(model)
+        other.head = quantize(head, model.head.format) if isinstance(model.head, QuantWeight) else head
+    other.workspaces = Workspaces(model.kv_shape, model.dtype, model.device)  # their graphs read the head
+    return other
 
 
 def _random_model(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -102,14 +152,17 @@ def _random_model(spec: Spec, device: torch.device, dtype: torch.dtype, seed: in
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
-def _draw_ranks(cycle: Cycle, seed: int) -> Tensor:
+def _draw_ranks(cycle: Cycle, draft: str, seed: int) -> Tensor:
     """Return for every id of the cycle the draft's rank of its successor, [n] int64 from the lowest id on; 4 is none.
 
     Every hundred tokens along the cycle hold each rank as often as its probability says, in random order: so how much
     of a short text is accepted depends less on where it begins.
     """
-    counts = [round(100 * share) for share in (*RANK_PROBS, 1 - sum(RANK_PROBS))]
-    hundred = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    if draft == "changing":
+        good, bad = (_draw_ranks(cycle, name, seed) for name in ("published", "hopeless"))
+        return torch.where(cycle.is_good(cycle.low + torch.arange(cycle.order.shape[0])), good, bad)
+    counts = [round(100 * share) for share in (*RANKS[draft], 1 - sum(RANKS[draft]))]
+    hundred = torch.repeat_interleave(torch.arange(_NUM_RANKS + 1), torch.tensor(counts))
     dice = torch.rand(
         -(-cycle.order.shape[0] // 100), 100, generator=torch.Generator().manual_seed(seed + _RANK_STREAM)
     )
@@ -124,7 +177,7 @@ def _weights(ranks: Tensor, width: int) -> Tensor:
     token that is no choice.
     """
     step = min(_MAX_STEP, _RANK_GAP / width**0.5)
-    by_rank = torch.tensor([1 - step * rank for rank in range(len(RANK_PROBS))] + [0.0])
+    by_rank = torch.tensor([1 - step * rank for rank in range(_NUM_RANKS)] + [0.0])
     rows = [by_rank[ranks]]
     for other in range(4):
         rank = other + (ranks <= other).long()  # ranks below the successor's stay, those from it on move down

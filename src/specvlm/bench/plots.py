@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specvlm.bench.summary import Line, label, measured, speedup
+from specvlm.bench.summary import Line, label, measured, passes, speedup
 from specvlm.errors import ConfigError
 
 _COLOURS = ("#0f5c8c", "#d9822b", "#3a9a5c", "#8a5fb0", "#b03a48", "#7a7a7a", "#52b0c4", "#c7a83b")
@@ -134,6 +134,9 @@ def _steps(part: Sequence[Line]) -> Any:
         for line, row in zip(part, _rows(part), strict=True)
         for name, step in line["steps"].items()
     ]
+    for length in dict.fromkeys(line["visual_tokens"] for line in part):
+        alone = passes([line for line in part if line["visual_tokens"] == length])
+        bars += [(f"{name}, {step['rows']} rows, {length:,}", step) for name, found in alone.items() for step in found]
     figure, axes = _bars(f"{part[0]['pair']}: single steps and their memory-bandwidth floor", len(bars))
     axes.barh(range(len(bars)), [step["ms"] for _, step in bars], color=_COLOURS[0], height=0.6, label="measured")
     for place, (_, step) in enumerate(bars):

@@ -18,6 +18,7 @@ from specvlm.bench.hardware import gpu_name, read_rate
 from specvlm.bench.provenance import command_line, provenance, writable
 from specvlm.bench.speed import (
     END_TO_END_TOKENS,
+    NO_QUANT,
     Cell,
     Record,
     Spread,
@@ -29,6 +30,7 @@ from specvlm.bench.speed import (
     measure,
 )
 from specvlm.bench.subjects import Source
+from specvlm.model import check_quant
 
 
 class BenchWarning(UserWarning):
@@ -48,7 +50,20 @@ def run(
     watch: Watch,
     vllm_python: str = sys.executable,
 ) -> Iterator[Record]:
-    """Yield the records of all pairs, with their provenance. One thing at a time is on the device."""
+    """Return the records of all pairs, with their provenance. One thing at a time is on the device.
+
+    Raises:
+        ConfigError: the device has no kernel for a quantisation; found before anything is measured.
+    """
+    for quant in sweep.draft_quants:
+        if quant != NO_QUANT:
+            check_quant(quant, device)
+    return _run(sources, sweep, device, dtype, watch, vllm_python)
+
+
+def _run(
+    sources: Sequence[Source], sweep: Sweep, device: torch.device, dtype: torch.dtype, watch: Watch, vllm_python: str
+) -> Iterator[Record]:
     watch("measuring the device's read rate")
     rate = read_rate(device)
     free_memory()
@@ -117,10 +132,8 @@ def vllm_record(pair: str, visual_tokens: int, times: dict[str, Any], num_tokens
     first = statistics.median(times["first_s"])
     return Record(
         pair,
-        _VLLM.method,
         visual_tokens,
-        None,
-        None,
+        _VLLM.method,
         ms_per_token=spread,
         ttft_s={"prefill": first},
         end_to_end_s=first + (END_TO_END_TOKENS - 1) * spread.median / 1e3,

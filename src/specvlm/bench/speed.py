@@ -2,26 +2,40 @@
 
 For every pair and number of visual tokens: one prefill, from which every method of this engine decodes in turn, and
 transformers' generate() between them, so that all share the same minutes of the device. The first pass of each warms
-up (kernels are compiled, CUDA graphs captured) and is not counted. vLLM runs before the pair is built, in a process of
-its own. Pairs are planted (planted.py) or real checkpoints.
+up (kernels are compiled, CUDA graphs captured, passes timed for the policy) and is not counted. vLLM runs before the
+pair is built, in a process of its own. Pairs are planted (planted.py) or real checkpoints. Drafts of other layers or
+other bits come one after another, each built when its turn comes; what is compared with plain decoding to a few
+percent (a planted draft that is hopeless) has plain decoding beside it.
 
     specvlm bench speed --out speed.jsonl --plots plots                          # every pair at 16,384 tokens
     specvlm bench speed --pairs qwen2.5-vl-32b/7b --visual-tokens 4096,65536     # a sweep
+    specvlm bench speed --methods plain,auto --draft-quants none,fp8,int4        # a draft of fewer bits
+    specvlm bench speed --methods auto --planted-drafts hopeless,changing        # a draft that is no good, or at times
     specvlm bench speed --target T --draft D                                     # your own pair
     specvlm bench speed --pairs qwen2.5-vl-32b/7b --tiny --visual-tokens 64      # a check of the command on a CPU
     specvlm bench speed --from speed.jsonl --plots plots                         # table and plots of an earlier run
 
-What the figures of a record mean (one JSON object per pair x method x visual_tokens x keep_ratio x tree):
+Methods: plain, chain and tree (fixed trees of the smaller model), auto (trees chosen round by round), self (the same,
+drafted by the target's own layers), lookup, and the peers.
 
-- ms_per_token: wall time from the first token to the last over the tokens after the first; pruning and the draft's
-  prefill are left out. Median and percentiles over repeats. vLLM: the difference of two answer lengths.
+What the figures of a record mean (one JSON object per pair x method x visual_tokens x keep_ratio x tree x drafter x
+draft_quant x planted_draft):
+
+- ms_per_token: wall time from the first token to the last over the tokens after the first; pruning, the draft's
+  prefill and what comes once (once_s) are left out. Median and percentiles over repeats. vLLM: the difference of two
+  answer lengths.
 - steps: single passes timed alone, on the prefilled sessions (steps.py); floor_ms is the bytes of language layers,
-  output head and KV over read_gb_s, the device's read rate measured by a large sum.
+  output head and KV over read_gb_s, the device's read rate measured by a large sum. passes: the same by rows.
+- over_plain: the time of an answer's decoding over plain decoding's in the same round of repeats, median.
+- plain_share: of the target passes after the prefill, those that had nothing to verify. shapes, changes: what the
+  policy chose (choices.py). All of them over all counted answers.
+- once_s: seconds of timing passes and capturing graphs, in the answer that warms up.
 - ttft_s: seconds by stage. read is the upload and normalisation of decoded frames. With a draft, prune and
   draft_prefill (its vision tower included) come after the first token and before the second; they are listed, too.
 - end_to_end_s: the sum of ttft_s, and 255 more tokens at ms_per_token.
 - peak_gib: of the device's allocator during prefills and the first answer, both models loaded, captures and compiling
-  included. weights_gib and kv_gib are parts of it; transformers' peaks hold this engine's session besides.
+  included (the draft's weights are added to the prefills', which run before it is built). weights_gib and kv_gib are
+  parts of it; transformers' peaks hold this engine's session besides.
 - follows_plant: every token is the planted one; null for real checkpoints and for vLLM, whose weights are dummies.
 """
 
@@ -32,27 +46,34 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
 
 from specvlm import tree as trees_
-from specvlm.bench import passes, peers, steps
+from specvlm.bench import choices, passes, peers, planted, steps
+from specvlm.bench.choices import Change, Chosen
 from specvlm.bench.clips import PROMPT, clip
 from specvlm.bench.hardware import kv_bytes, weight_bytes
 from specvlm.bench.passes import Pass
 from specvlm.bench.steps import Step
-from specvlm.bench.subjects import Subject
+from specvlm.bench.subjects import Layers, Subject
 from specvlm.config import EngineConfig
 from specvlm.engine import Prefilled, SpecVLM
 from specvlm.errors import ConfigError
+from specvlm.growth import round_passes
+from specvlm.kernels.quant import FORMATS
 from specvlm.report import measure_peak, reset_peak
+from specvlm.session import Session
 from specvlm.tree import MAX_NODES
 
-ENGINE_METHODS = ("plain", "chain", "tree")
+ENGINE_METHODS = ("plain", "chain", "tree", "auto", "self", "lookup")
 METHODS = (*ENGINE_METHODS, *peers.PEERS, "vllm-plain")
 END_TO_END_TOKENS = 256
+NO_QUANT = "none"
 _GIB = 2**30
+_MAY_STAY_PLAIN = ("auto", "self", "lookup")
 _SCORED = {False: "unscored", True: "scored"}
 Watch = Callable[[str], None]
 T = TypeVar("T")
@@ -66,19 +87,23 @@ class Sweep:
     keep_ratios: tuple[float, ...] = (0.1,)
     trees: tuple[str, ...] = ("paper", "chain:5")
     methods: tuple[str, ...] = METHODS
+    draft_quants: tuple[str, ...] = (NO_QUANT,)  # of every method that drafts with a model
+    planted_drafts: tuple[str, ...] = ("published",)  # of auto; empty: real checkpoints
     num_tokens: int = 256
     repeats: int = 5
     slow_repeats: int = 2  # of prefills and of other engines' answers
 
     def __post_init__(self) -> None:
-        for name in ("visual_tokens", "keep_ratios", "trees", "methods"):
+        for name in ("visual_tokens", "keep_ratios", "trees", "methods", "draft_quants"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: name at least one")
         for name, least in (("num_tokens", 2), ("repeats", 1), ("slow_repeats", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed: at least {least}")
-        if unknown := [method for method in self.methods if method not in METHODS]:
-            raise ConfigError(f"method {unknown[0]!r} is not known: choose from {', '.join(METHODS)}")
+        choices_of = {"methods": METHODS, "draft_quants": (NO_QUANT, *FORMATS), "planted_drafts": planted.DRAFTS}
+        for name, known in choices_of.items():
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ConfigError(f"{name[:-1]} {unknown[0]!r} is not known: choose from {', '.join(known)}")
         if low := [count for count in self.visual_tokens if count < 1]:
             raise ConfigError(f"visual_tokens={low[0]} is not allowed: at least 1")
         for ratio in self.keep_ratios:
@@ -88,14 +113,39 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """Return what is measured at one number of visual tokens, vLLM left out; this engine's methods come first."""
-        found = []
-        for method in self.methods:
-            if method in ("chain", "tree"):
-                chosen = [spec for spec in self.trees if spec.startswith("chain:") == (method == "chain")]
-                found += [Cell(method, ratio, spec) for spec in chosen for ratio in self.keep_ratios]
-            elif method != "vllm-plain":
-                found.append(Cell(method))
+        found = [cell for method in self.methods if method != "vllm-plain" for cell in self._cells_of(method)]
         return sorted(found, key=lambda cell: cell.method not in ENGINE_METHODS)
+
+    def _cells_of(self, method: str) -> list[Cell]:
+        if method == "transformers-assisted":
+            return [Cell(method, layers=Layers("model"))]
+        if method not in ("chain", "tree", "auto", "self"):
+            return [Cell(method)]
+        is_planted = bool(self.planted_drafts)
+        trees: Sequence[str | None] = [None]
+        drafts: Sequence[str | None] = ["published" if is_planted else None]
+        if method in ("chain", "tree"):
+            trees = [spec for spec in self.trees if spec.startswith("chain:") == (method == "chain")]
+        elif method == "self":
+            drafts = ["self" if is_planted else None]
+        else:
+            drafts = self.planted_drafts or [None]
+        kind = "self" if method == "self" else "model"
+        layers = [Layers(kind, None if quant == NO_QUANT else quant) for quant in self.draft_quants]
+        return [Cell(method, *rest) for rest in product(self.keep_ratios, trees, layers, drafts)]
+
+    def groups(self) -> list[tuple[Layers | None, list[Cell]]]:
+        """Return the cells by the layers that draft for them, which are in memory one after another.
+
+        Cells that draft without a model stand with the smaller model as it is, or with the first group there is.
+        """
+        cells = self.cells()
+        order = list(dict.fromkeys(cell.layers for cell in cells if cell.layers))
+        if not order:
+            return [(None, cells)] if cells else []
+        host = Layers("model") if Layers("model") in order else order[0]
+        order.sort(key=lambda layers: layers != host)
+        return [(layers, [cell for cell in cells if (cell.layers or host) == layers]) for layers in order]
 
 
 @dataclass(frozen=True)
@@ -105,16 +155,35 @@ class Cell:
     method: str
     keep_ratio: float | None = None
     tree: str | None = None
+    layers: Layers | None = None
+    planted_draft: str | None = None
 
     def settings(self, sweep: Sweep) -> dict[str, Any]:
         """Return the engine's settings."""
         common = {"max_new_tokens": sweep.num_tokens, "repetition_penalty": 1.0}
-        if self.method == "plain":
-            return common | {"drafter": "none"}
-        return common | {"drafter": "model", "pruner": "verifier", "keep_ratio": self.keep_ratio, "tree": self.tree}
+        if self.layers is None:
+            return common | {"drafter": "none" if self.method == "plain" else self.method}
+        chosen = {"tree": self.tree or "dynamic", "policy": "fixed" if self.tree else "auto"}
+        pruned = {"pruner": "verifier", "keep_ratio": self.keep_ratio}
+        return common | chosen | pruned | {"drafter": self.layers.drafter}
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The record's fields that say which cell it is of."""
+        layers = self.layers if self.method in ENGINE_METHODS else None
+        return {
+            "method": self.method,
+            "keep_ratio": self.keep_ratio,
+            "tree": self.tree,
+            "drafter": layers.drafter if layers else "lookup" if self.method == "lookup" else None,
+            "draft_quant": (layers.quant or NO_QUANT) if layers else None,
+            "planted_draft": self.planted_draft,
+        }
 
     def __str__(self) -> str:
-        return " ".join(str(part) for part in (self.method, self.tree, self.keep_ratio) if part is not None)
+        quant = self.layers.quant if self.layers else None
+        parts = (self.method, self.tree, self.keep_ratio, quant, self.planted_draft)
+        return " ".join(str(part) for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -137,12 +206,16 @@ class Record:
     """One line of the results; see the module's docstring."""
 
     pair: str
-    method: str
     visual_tokens: int
-    keep_ratio: float | None
-    tree: str | None
+    method: str
+    keep_ratio: float | None = None
+    tree: str | None = None
+    drafter: str | None = None
+    draft_quant: str | None = None
+    planted_draft: str | None = None
     ms_per_token: Spread | None = None
     steps: dict[str, Step] = field(default_factory=dict)
+    passes: dict[str, list[Step]] = field(default_factory=dict)  # "verify" and "draft", by rows
     mean_accepted_length: float | None = None
     ttft_s: dict[str, float] = field(default_factory=dict)
     end_to_end_s: float | None = None
@@ -152,7 +225,12 @@ class Record:
     prompt_tokens: int | None = None
     kept_visual_tokens: int | None = None
     num_tokens: int | None = None
-    round_ms: float | None = None  # a draft and its verification
+    round_ms: float | None = None  # a draft and its verification, of a fixed tree
+    over_plain: float | None = None
+    plain_share: float | None = None
+    shapes: list[Chosen] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    once_s: dict[str, float] = field(default_factory=dict)
     prefill_s: dict[str, float] = field(default_factory=dict)  # scored and unscored, encoding left out
     weights_gib: float | None = None
     kv_gib: float | None = None  # what the method itself needs for prompt and answer
@@ -178,7 +256,6 @@ def measure(subject: Subject, sweep: Sweep, read_gb_s: float, watch: Watch) -> I
     """Yield a Record a cell, for every number of visual tokens. A cell that fails has an error; the rest goes on."""
     for wanted in sweep.visual_tokens:
         yield from _at_length(subject, sweep, wanted, read_gb_s, watch)
-        peers.forget(subject.model)
         free_memory()
 
 
@@ -186,12 +263,16 @@ def _at_length(subject: Subject, sweep: Sweep, wanted: int, read_gb_s: float, wa
     """Yield the records of one number of visual tokens; no memory of it is left afterwards."""
     label = f"{subject.name}, {wanted} visual tokens"
     watch(f"{label}: prefilling")
-    prefills = attempt(partial(_prefill, subject.model, wanted, sweep))
+    prefills = attempt(partial(_prefill, SpecVLM(subject.target), wanted, sweep))
     if isinstance(prefills, str):
         for cell in sweep.cells():
             yield failed(subject.name, cell, wanted, prefills)
-    else:
-        yield from _Length(subject, sweep, prefills, read_gb_s).records(label, watch)
+        return
+    length = _Length(subject, sweep, prefills, read_gb_s, label, watch)
+    for layers, cells in sweep.groups():
+        yield from length.records(layers, cells)
+        peers.forget(subject.target)
+        free_memory()
 
 
 def attempt(action: Callable[[], T]) -> T | str:
@@ -217,24 +298,23 @@ def free_memory() -> None:
 
 def failed(pair: str, cell: Cell, visual_tokens: int, problem: str) -> Record:
     """Return the record of a cell that could not be measured."""
-    return Record(pair, cell.method, visual_tokens, cell.keep_ratio, cell.tree, error=problem)
+    return Record(pair, visual_tokens, **cell.names, error=problem)
 
 
 def _prefill(model: SpecVLM, visual_tokens: int, sweep: Sweep) -> _Prefills:
     """Prefill scored and not scored in turn, each once to warm up; keep the last, a scored one."""
     frames = clip(model.target.hf.config, visual_tokens, model.target.device)
-    common = {"max_new_tokens": sweep.num_tokens, "max_frames": len(frames.pixels)}
-    drafters = {False: "none", True: "model"}
+    common = {"max_new_tokens": sweep.num_tokens, "max_frames": len(frames.pixels), "drafter": "none"}
     times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-    devices = {model.target.device, (model.draft or model.target).device}
+    device = model.target.device
     start, peak = None, 0
     for repeat in range(1 + sweep.slow_repeats):
-        for is_scored, drafter in drafters.items():
+        for is_scored in times:
             start = None  # frees the last one's keys and values
-            request = model.request(frames, PROMPT, drafter=drafter, keep_ratio=min(sweep.keep_ratios), **common)
-            reset_peak(*devices)
-            start = model.prefill(request)
-            peak = max(peak, measure_peak(*devices))
+            request = model.request(frames, PROMPT, **common)
+            reset_peak(device)
+            start = model.prefill(request, is_scored=is_scored)
+            peak = max(peak, measure_peak(device))
             if repeat > 0:
                 times[is_scored].append({name: request.seconds[name] for name in ("read", "encode", "prefill")})
     assert start is not None
@@ -248,59 +328,109 @@ def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 class _Length:
-    """All cells of one pair at one number of visual tokens."""
+    """One pair at one number of visual tokens, and what its groups of cells share."""
 
-    def __init__(self, subject: Subject, sweep: Sweep, prefills: _Prefills, read_gb_s: float) -> None:
-        self._subject, self._sweep, self._prefills, self._read_gb_s = subject, sweep, prefills, read_gb_s
-        self._model, self._start = subject.model, prefills.start
-        self._passes: dict[Cell, list[Pass]] = {cell: [] for cell in sweep.cells()}
+    def __init__(
+        self, subject: Subject, sweep: Sweep, prefills: _Prefills, read_gb_s: float, label: str, watch: Watch
+    ) -> None:
+        self.subject, self.sweep, self.prefills, self.read_gb_s = subject, sweep, prefills, read_gb_s
+        self.label, self.watch = label, watch
+        self.plain_ids: list[int] | None = None  # of the first plain answer
+        self._verified: dict[int, Step] = {}
+
+    def records(self, layers: Layers | None, cells: Sequence[Cell]) -> Iterator[Record]:
+        """Build the drafts of a group, run its cells in turn, and yield their records."""
+        if layers:
+            self.watch(f"{self.label}: building {layers.drafter} {layers.quant or ''}")
+        group = attempt(partial(_Group, self, layers, cells))
+        if isinstance(group, str):
+            for cell in cells:
+                yield failed(self.subject.name, cell, self.prefills.visual_tokens, group)
+        else:
+            yield from group.records()
+
+    def verified(self, rows: int) -> Step:
+        """Return the time of a target pass of this many rows, measured once."""
+        if rows not in self._verified:
+            self._verified[rows] = steps.verify(self.prefills.start, rows, self.read_gb_s)
+        return self._verified[rows]
+
+
+class _Group:
+    """The cells whose drafts share their layers; plain decoding runs beside a hopeless draft in any case."""
+
+    def __init__(self, length: _Length, layers: Layers | None, cells: Sequence[Cell]) -> None:
+        self._length, self._sweep, self._start = length, length.sweep, length.prefills.start
+        self._cells = cells
+        is_alone = any(cell.planted_draft == "hopeless" for cell in cells) and Cell("plain") not in cells
+        self._passes: dict[Cell, list[Pass]] = {cell: [] for cell in ([Cell("plain")] if is_alone else [])}
+        self._passes |= {cell: [] for cell in cells}
+        self._warm_ups: dict[Cell, Pass] = {}  # their peaks come before other engines have left anything behind
         self._problems: dict[Cell, str] = {}
-        self._peaks: dict[Cell, int] = {}  # of the first pass, before other engines have left anything behind
-        self._steps: dict[Any, Step] = {}
+        self._models = self._with_drafts(length.subject, layers)
+        self._draft_sessions: dict[float | None, Session] = {}
+        self._drafted: dict[tuple[float | None, ...], Step] = {}
 
-    def records(self, label: str, watch: Watch) -> Iterator[Record]:
+    def _with_drafts(self, subject: Subject, layers: Layers | None) -> dict[Cell, SpecVLM]:
+        """Return the engine of each cell: one a planted draft."""
+        if layers is None:
+            return dict.fromkeys(self._passes, SpecVLM(subject.target))
+        own = "self" if layers.drafter == "self" else "published"
+        drafts: dict[str | None, SpecVLM] = {}
+        base = subject.draft(layers)
+        for name in dict.fromkeys(cell.planted_draft for cell in self._passes):
+            if name in (None, own) or subject.replanted is None:
+                drafts[name] = SpecVLM(subject.target, base)
+            else:
+                drafts[name] = SpecVLM(subject.target, subject.replanted(base, str(name)))
+        return {cell: drafts[cell.planted_draft] for cell in self._passes}
+
+    def records(self) -> Iterator[Record]:
         """Run all cells in turn, then yield their records."""
-        for repeat in range(1 + max(self._sweep.repeats, self._sweep.slow_repeats)):
+        label, watch, sweep = self._length.label, self._length.watch, self._sweep
+        for repeat in range(1 + max(sweep.repeats, sweep.slow_repeats)):
             for cell in self._passes:
-                count = self._sweep.repeats if cell.method in ENGINE_METHODS else self._sweep.slow_repeats
+                count = sweep.repeats if cell.method in ENGINE_METHODS else sweep.slow_repeats
                 if repeat <= count and cell not in self._problems:
                     watch(f"{label}: {cell}, {f'pass {repeat} of {count}' if repeat else 'warming up'}")
-                    self._run(cell, is_counted=repeat > 0)
-        for cell in self._passes:
+                    self._run(cell)
+        for cell in self._cells:
             watch(f"{label}: {cell}, timing steps")
             problem = self._problems.get(cell)
             found = problem if problem is not None else attempt(partial(self._record, cell))
             if isinstance(found, str):
-                found = failed(self._subject.name, cell, self._prefills.visual_tokens, found)
+                found = failed(self._length.subject.name, cell, self._length.prefills.visual_tokens, found)
             yield found
 
-    def _run(self, cell: Cell, *, is_counted: bool) -> None:
+    def _run(self, cell: Cell) -> None:
         found = attempt(partial(self._pass, cell))
         if isinstance(found, str):
             self._problems[cell] = found
-            return
-        self._peaks.setdefault(cell, found.peak_bytes)
-        if is_counted:
+        elif cell not in self._warm_ups:
+            self._warm_ups[cell] = found
+            if cell == Cell("plain") and self._length.plain_ids is None:
+                self._length.plain_ids = found.token_ids
+        else:
             self._passes[cell].append(found)
 
     def _pass(self, cell: Cell) -> Pass:
         if cell.method in ENGINE_METHODS:
-            return passes.decode(self._model, self._start, **cell.settings(self._sweep))
-        return peers.generate(self._model, self._start, cell.method, self._sweep.num_tokens)
+            return passes.decode(self._models[cell], self._start, **cell.settings(self._sweep))
+        return peers.generate(self._models[cell], self._start, cell.method, self._sweep.num_tokens)
 
     def _record(self, cell: Cell) -> Record:
-        found = self._passes[cell]
+        found, prefills = self._passes[cell], self._length.prefills
         peak, weights, kv = self._gib(cell, found)
         spread, ttft, last = Spread.of([one.ms_per_token for one in found]), self._ttft(cell, found), found[-1]
-        prefill = {name: self._prefills.stages[is_scored]["prefill"] for is_scored, name in _SCORED.items()}
+        decisions = [decision for one in found for decision in one.decisions]
+        is_adaptive = cell.method in ("auto", "self")
         return Record(
-            self._subject.name,
-            cell.method,
-            self._prefills.visual_tokens,
-            cell.keep_ratio,
-            cell.tree,
+            self._length.subject.name,
+            prefills.visual_tokens,
+            **cell.names,
             ms_per_token=spread,
             steps=self._timed_steps(cell),
+            passes=self._timed_passes(cell),
             mean_accepted_length=last.mean_accepted_length,
             ttft_s=ttft,
             end_to_end_s=sum(ttft.values()) + (END_TO_END_TOKENS - 1) * spread.median / 1e3,
@@ -310,59 +440,96 @@ class _Length:
             prompt_tokens=len(self._start.prompt),
             kept_visual_tokens=last.kept_visual_tokens,
             num_tokens=len(last.token_ids),
-            round_ms=_round_ms(found),
-            prefill_s=prefill,
+            round_ms=_round_ms(found) if cell.tree else None,
+            over_plain=self._over_plain(cell),
+            plain_share=_plain_share(found) if cell.method in _MAY_STAY_PLAIN else None,
+            shapes=choices.shapes(decisions) if is_adaptive else [],
+            changes=self._changes(found) if cell.planted_draft == "changing" else [],
+            once_s={name: self._warm_ups[cell].stages.get(name, 0.0) for name in ("calibrate", "capture")},
+            prefill_s={name: prefills.stages[is_scored]["prefill"] for is_scored, name in _SCORED.items()},
             weights_gib=weights,
             kv_gib=kv,
         )
 
     def _ttft(self, cell: Cell, found: Sequence[Pass]) -> dict[str, float]:
         """Return the seconds of every stage before the second token."""
-        stages = self._prefills.stages[cell.method in ("chain", "tree")]
+        is_pruned = cell.keep_ratio is not None
+        stages = self._length.prefills.stages[is_pruned]
         later = _medians([one.stages for one in found])
         if cell.method in peers.PEERS:
             return {"read": stages["read"], **later}
-        return stages | {name: later[name] for name in ("prune", "draft_prefill") if cell.method != "plain"}
+        return stages | {name: later[name] for name in ("prune", "draft_prefill") if is_pruned}
 
     def _follows(self, found: Sequence[Pass]) -> bool | None:
-        cycle, last = self._subject.cycle, int(self._start.inputs.input_ids[-1])
+        cycle, last = self._length.subject.cycle, int(self._start.inputs.input_ids[-1])
         return None if cycle is None else all(cycle.follows(last, one.token_ids) for one in found)
 
     def _is_plain(self, found: Sequence[Pass]) -> bool | None:
+        ids = self._length.plain_ids
+        return None if ids is None else all(one.token_ids == ids for one in found)
+
+    def _over_plain(self, cell: Cell) -> float | None:
         plain = self._passes.get(Cell("plain"))
-        return all(one.token_ids == plain[-1].token_ids for one in found) if plain else None
+        if not plain or cell.method not in ENGINE_METHODS:
+            return None
+        pairs = zip(self._passes[cell], plain, strict=False)  # plain decoding may have failed on the way
+        return statistics.median(one.decode_s / other.decode_s for one, other in pairs)
+
+    def _changes(self, found: Sequence[Pass]) -> list[Change]:
+        cycle = self._length.subject.cycle
+        if cycle is None or not self._follows(found):
+            return []
+        good = [cycle.is_good(torch.tensor(one.token_ids)).tolist() for one in found]
+        return [change for one, is_good in zip(found, good, strict=True)
+                for change in choices.changes(is_good, one.decisions)]  # fmt: skip
 
     def _timed_steps(self, cell: Cell) -> dict[str, Step]:
-        """Return the cell's kinds of steps; what cells share is timed once."""
+        """Return the passes of a plain step or of a fixed tree."""
         if cell.method == "plain":
-            return {"plain": self._step("plain", lambda: steps.plain(self._start, self._read_gb_s))}
+            return {"plain": self._length.verified(1)}
         if cell.tree is None:
             return {}
-        spec, config = cell.tree, EngineConfig().replace(**cell.settings(self._sweep))
-        draft = lambda: steps.draft(self._model, self._start, config, self._read_gb_s)  # noqa: E731
+        verified = self._length.verified(len(trees_.parse(cell.tree)) + 1)
+        return {"verify": verified, "draft": self._drafting(cell, round_passes(trees_.parse(cell.tree)))}
+
+    def _timed_passes(self, cell: Cell) -> dict[str, list[Step]]:
+        """Return the passes of which a chosen tree consists."""
+        if cell.method not in ("auto", "self"):
+            return {}
         return {
-            "verify": self._step(spec, lambda: steps.verify(self._start, spec, self._read_gb_s)),
-            "draft": self._step(cell, draft),
+            "verify": [self._length.verified(rows) for rows in steps.VERIFIED_ROWS],
+            "draft": [self._drafting(cell, [rows]) for rows in steps.DRAFTED_ROWS],
         }
 
-    def _step(self, key: Any, time: Callable[[], Step]) -> Step:
-        if key not in self._steps:
-            self._steps[key] = time()
-        return self._steps[key]
+    def _drafting(self, cell: Cell, rows: Sequence[int]) -> Step:
+        """Return the mean time of a draft's passes of so many rows; what cells share is timed once."""
+        ratio, key = cell.keep_ratio, (cell.keep_ratio, *rows)
+        if ratio not in self._draft_sessions:
+            config = EngineConfig().replace(**cell.settings(self._sweep))
+            self._draft_sessions[ratio] = steps.draft_session(self._models[cell], self._start, config)
+        if key not in self._drafted:
+            self._drafted[key] = steps.draft(self._draft_sessions[ratio], rows, self._length.read_gb_s)
+        return self._drafted[key]
 
     def _gib(self, cell: Cell, found: Sequence[Pass]) -> tuple[float, float, float]:
         """Return the peak, the weights and the keys and values, in GiB."""
-        target, draft = self._model.target, self._model.draft or self._model.target
+        target = self._length.subject.target
+        draft = self._models[cell].draft or target
         length, room = len(self._start.prompt), self._sweep.num_tokens + MAX_NODES
-        kv = kv_bytes(target, length + room)
+        kv, weights = kv_bytes(target, length + room), weight_bytes(target, draft)
         if found[-1].kept_visual_tokens is not None:
             kv += kv_bytes(draft, length - self._start.prompt.num_visual + found[-1].kept_visual_tokens + room)
         elif cell.method == "transformers-assisted":
             kv += kv_bytes(draft, length + room)
-        peak = self._peaks[cell]
+        peak = self._warm_ups[cell].peak_bytes
         if cell.method in ENGINE_METHODS:
-            peak = max(peak, self._prefills.peak_bytes)
-        return peak / _GIB, weight_bytes(target, draft) / _GIB, kv / _GIB
+            peak = max(peak, self._length.prefills.peak_bytes + weights - weight_bytes(target))
+        return peak / _GIB, weights / _GIB, kv / _GIB
+
+
+def _plain_share(found: Sequence[Pass]) -> float:
+    """Return the share of the target passes after the prefill that had nothing to verify."""
+    return 1 - sum(one.num_rounds for one in found) / sum(len(one.decisions) for one in found)
 
 
 def _round_ms(found: Sequence[Pass]) -> float | None:

@@ -12,12 +12,13 @@ import torch
 from specvlm import prune, tree
 from specvlm.bench.hardware import floor_ms, timed
 from specvlm.config import EngineConfig
-from specvlm.draft import round_passes
 from specvlm.engine import Prefilled, SpecVLM
 
 if TYPE_CHECKING:
     from specvlm.session import Session
 
+VERIFIED_ROWS = (1, 8, 16, 24, 32, 48, 64)  # of target passes: a root and its nodes
+DRAFTED_ROWS = (1, 4, 8)  # of the passes that a dynamic tree grows by
 _REPEATS = 20
 _WARM_UP = 3
 _FIRST_TOKEN = 300  # any tokens do: a pass does the same work whatever it reads
@@ -32,38 +33,43 @@ class Step:
     rows: int  # of the widest pass
 
 
-def plain(start: Prefilled, read_gb_s: float) -> Step:
-    """Time passes of one row on the target."""
-    return _measure(start.session, [(-1,)], read_gb_s)
+def verify(start: Prefilled, rows: int, read_gb_s: float) -> Step:
+    """Time passes of this many rows on the target: a tree and its root, one row for a plain step."""
+    return _measure(start.session, [rows], read_gb_s)
 
 
-def verify(start: Prefilled, spec: str, read_gb_s: float) -> Step:
-    """Time passes over a whole tree and its root on the target."""
-    parents = (-1, *(parent + 1 for parent in tree.parse(spec).parents))
-    return _measure(start.session, [parents], read_gb_s)
-
-
-def draft(model: SpecVLM, start: Prefilled, config: EngineConfig, read_gb_s: float) -> Step:
-    """Time the passes of one round on the draft, on the pruned prompt; the mean over its passes."""
-    drafter = model.draft
+def draft_session(model: SpecVLM, start: Prefilled, config: EngineConfig) -> Session:
+    """Return a session of the draft that holds the pruned prompt."""
+    drafter, room = model.draft, config.sampling.max_new_tokens + 2 * tree.MAX_NODES
     assert drafter is not None
+    start.session.rollback()
     keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
-    prompt = drafter.encode(start.inputs).select(keep.to(drafter.device))
-    session, _, _ = drafter.start(prompt, config.sampling.max_new_tokens + tree.MAX_NODES)
-    return _measure(session, round_passes(tree.parse(config.draft.tree)), read_gb_s)
+    if config.draft.drafter == "self":
+        return drafter.branch(start.prompt.select(keep), start.session, start.prompt.rows(keep), room)
+    return drafter.start(drafter.encode(start.inputs).select(keep.to(drafter.device)), room)[0]
+
+
+def draft(session: Session, passes: Sequence[int], read_gb_s: float) -> Step:
+    """Time passes of so many rows on a draft; the mean over them."""
+    return _measure(session, passes, read_gb_s)
 
 
 @torch.inference_mode()
-def _measure(session: Session, passes: Sequence[tuple[int, ...]], read_gb_s: float) -> Step:
-    """Return the mean over the passes of each one's median time; all rows are forgotten after a round of them."""
+def _measure(session: Session, passes: Sequence[int], read_gb_s: float) -> Step:
+    """Return the mean over the passes of each one's median time; all rows are forgotten after a round of them.
+
+    Args:
+        session: at the end of its prompt.
+        passes: rows of each. They are siblings: which rows see each other makes no difference to the time.
+        read_gb_s: the device's read rate.
+    """
     model = session.model
     session.rollback()
 
-    def step(parents: tuple[int, ...]) -> Callable[[], object]:
-        tokens = torch.arange(_FIRST_TOKEN, _FIRST_TOKEN + len(parents), device=model.device)
-        return lambda: session.step(tokens, parents)
+    def step(rows: int) -> Callable[[], object]:
+        tokens = torch.arange(_FIRST_TOKEN, _FIRST_TOKEN + rows, device=model.device)
+        return lambda: session.step(tokens, (-1,) * rows)
 
-    times = timed([step(p) for p in passes], model.device, _WARM_UP + _REPEATS, lambda: session.keep(()))
+    times = timed([step(rows) for rows in passes], model.device, _WARM_UP + _REPEATS, lambda: session.keep(()))
     mean = statistics.fmean(statistics.median(values[_WARM_UP:]) for values in times)
-    rows = max(map(len, passes))
-    return Step(mean, floor_ms(model, session.length + rows, read_gb_s), rows)
+    return Step(mean, floor_ms(model, session.length + max(passes), read_gb_s), max(passes))

@@ -1,7 +1,11 @@
-"""The pairs that are measured: planted ones, or real checkpoints. Nothing is loaded before `load` is called."""
+"""The pairs that are measured: planted ones, or real checkpoints. Nothing is loaded before `load` is called.
+
+A target stays for all measurements; drafts are built one after another, since not all fit beside it at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,16 +15,26 @@ from transformers import AutoConfig
 from specvlm.bench import planted, published
 from specvlm.bench.planted import Cycle
 from specvlm.bench.published import Spec
-from specvlm.engine import SpecVLM
+from specvlm.model import VideoLM
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Whose layers draft, and in how many bits."""
+
+    drafter: str  # "model": the smaller one; "self": the target's own
+    quant: str | None = None  # a format of kernels/quant.py
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded pair. `cycle` is what its text should follow, None for real checkpoints."""
+    """A loaded target, and how its drafts are made."""
 
     name: str
-    model: SpecVLM
-    cycle: Cycle | None
+    target: VideoLM
+    draft: Callable[[Layers], VideoLM]  # builds it; whoever drops it frees its memory
+    replanted: Callable[[VideoLM, str], VideoLM] | None = None  # a draft that knows something else; planted pairs alone
+    cycle: Cycle | None = None  # what the text should follow, None for real checkpoints
 
 
 class Source(Protocol):
@@ -36,7 +50,7 @@ class Source(Protocol):
         ...
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Subject:
-        """Load target and draft onto the device."""
+        """Load the target onto the device."""
         ...
 
 
@@ -63,11 +77,23 @@ class PlantedSource:
         return AutoConfig.for_model(self.target.model_type, **self.target.config())
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Subject:
-        """Build and plant target and draft on the device."""
+        """Build and plant the target on the device.
+
+        Its drafts are "published" models and "self" copies; a smaller model's can be replanted.
+        """
         cycle = Cycle.of(self.target, self.seed)
         common: dict[str, Any] = {"cycle": cycle, "device": device, "dtype": dtype, "seed": self.seed}
         target = planted.build(self.target, **common)
-        return Subject(self.name, SpecVLM(target, planted.build(self.draft, is_draft=True, **common)), cycle)
+
+        def draft(layers: Layers) -> VideoLM:
+            if layers.drafter == "model":
+                return _quantised(planted.build(self.draft, draft="published", **common), layers.quant)
+            return replanted(target if layers.quant is None else target.quantised(layers.quant), "self")
+
+        def replanted(model: VideoLM, name: str) -> VideoLM:
+            return planted.replanted(model, name, cycle=cycle, seed=self.seed)
+
+        return Subject(self.name, target, draft, replanted, cycle)
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,17 @@ class CheckpointSource:
         return AutoConfig.from_pretrained(self.target)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Subject:
-        """Load target and draft onto the device."""
-        number = str(dtype).removeprefix("torch.")
-        model = SpecVLM.from_pretrained(self.target, draft=self.draft, device=str(device), dtype=number)
-        return Subject(self.name, model, None)
+        """Load the target onto the device."""
+        common: dict[str, Any] = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        target = VideoLM.from_pretrained(self.target, **common)
+
+        def draft(layers: Layers) -> VideoLM:
+            if layers.drafter == "model":
+                return _quantised(VideoLM.from_pretrained(self.draft, **common), layers.quant)
+            return target if layers.quant is None else target.quantised(layers.quant)
+
+        return Subject(self.name, target, draft)
+
+
+def _quantised(model: VideoLM, quant: str | None) -> VideoLM:
+    return model if quant is None else model.quantised(quant, keep_original=False)

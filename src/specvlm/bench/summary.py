@@ -11,6 +11,7 @@ from specvlm.errors import ConfigError
 
 Line = dict[str, Any]
 _NEEDED = ("pair", "method", "visual_tokens", "keep_ratio", "tree", "ms_per_token", "steps", "ttft_s", "provenance")
+_USUAL_DRAFTS = (None, "published", "self")
 
 
 def read(names: Sequence[str]) -> list[Line]:
@@ -47,6 +48,10 @@ def label(line: Line) -> str:
     parts = [line["tree"] or line["method"]]
     if line["keep_ratio"] is not None:
         parts.append(f"keep {line['keep_ratio']:g}")
+    if line.get("draft_quant") not in (None, "none"):
+        parts.append(line["draft_quant"])
+    if line.get("planted_draft") not in _USUAL_DRAFTS:
+        parts.append(line["planted_draft"])
     return " ".join(parts)
 
 
@@ -70,6 +75,28 @@ def _text(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _chosen(line: Line) -> str:
+    """Return the share of plain passes and the shapes chosen most."""
+    if line.get("plain_share") is None:
+        return ""
+    shapes = [f"{shape['nodes']}/{shape['depth']} {shape['share']:.0%}" for shape in line["shapes"]]
+    return ", ".join([f"plain {line['plain_share']:.0%}", *shapes])
+
+
+def _over_plain(line: Line) -> str:
+    return _text(line.get("over_plain"), ".3f") if line.get("planted_draft") == "hopeless" else ""
+
+
+def _followed(line: Line) -> str:
+    """Return after how many verified rounds the policy followed each change; - where it did not."""
+    texts = []
+    for name, to_good in (("hopeless", False), ("good", True)):
+        rounds = [change["rounds"] for change in line.get("changes", ()) if change["to_good"] is to_good]
+        if rounds:
+            texts.append(f"{name} {' '.join('-' if one is None else str(one) for one in rounds)}")
+    return ", ".join(texts)
+
+
 _COLUMNS: dict[str, Callable[[Line], str]] = {
     "method": label,
     "ms a token (p10 to p90)": lambda line: "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**line["ms_per_token"]),
@@ -79,7 +106,11 @@ _COLUMNS: dict[str, Callable[[Line], str]] = {
     "256 tokens, s": lambda line: _text(line.get("end_to_end_s"), ".2f"),
     "peak, GiB": lambda line: _text(line.get("peak_gib"), ".1f"),
     "as planted": lambda line: {True: "yes", False: "NO", None: ""}[line.get("follows_plant")],
+    "passes chosen, nodes/depth": _chosen,
+    "time over plain": _over_plain,
+    "rounds until it followed a turn to": _followed,
 }
+_OPTIONAL = ("passes chosen, nodes/depth", "time over plain", "rounds until it followed a turn to")
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -91,18 +122,40 @@ def table(lines: Sequence[Line]) -> str:
     pages = [f"{where}, {origin['read_gb_s']:.0f} GB/s read. Made by `{origin['command']}`.\n"]
     for pair, visual_tokens in dict.fromkeys((line["pair"], line["visual_tokens"]) for line in measured(lines)):
         part = [line for line in measured(lines) if (line["pair"], line["visual_tokens"]) == (pair, visual_tokens)]
-        pages += [f"## {pair}, {visual_tokens} visual tokens\n", _part(part)]
+        pages += [f"## {pair}, {visual_tokens} visual tokens\n", _part(part), *_passes(part)]
     failures = [line for line in lines if line["ms_per_token"] is None]
     pages += [f"{line['pair']}, {line['visual_tokens']}, {label(line)}: {line.get('error')}\n" for line in failures]
     return "\n".join(pages)
 
 
 def _part(part: Sequence[Line]) -> str:
-    names = [*_COLUMNS]
-    names.insert(2, "speedup")
-    rows = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    for line in part:
-        cells = [column(line) for column in _COLUMNS.values()]
-        cells.insert(2, _text(speedup(line, part), ".2f"))
-        rows.append(f"| {' | '.join(cells)} |")
+    columns = {name: [text(line) for line in part] for name, text in _COLUMNS.items()}
+    kept = [(name, texts) for name, texts in columns.items() if name not in _OPTIONAL or any(texts)]
+    kept.insert(2, ("speedup", [_text(speedup(line, part), ".2f") for line in part]))
+    rows = [f"| {' | '.join(name for name, _ in kept)} |", "|" + "---|" * len(kept)]
+    rows += [f"| {' | '.join(cells)} |" for cells in zip(*(texts for _, texts in kept), strict=True)]
     return "\n".join(rows) + "\n"
+
+
+def passes(part: Sequence[Line]) -> dict[str, list[dict[str, Any]]]:
+    """Return the single passes of lines of one pair and length, by what runs them, each once."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in part:
+        for name, steps in (line.get("passes") or {}).items():
+            quant = "" if line["draft_quant"] == "none" else f" {line['draft_quant']}"
+            whose = "self" if line["drafter"] == "self" else "draft"
+            found.setdefault("target" if name == "verify" else whose + quant, steps)
+    return found
+
+
+def _passes(part: Sequence[Line]) -> list[str]:
+    """Return a table of single passes by rows, if any were timed."""
+    found = passes(part)
+    if not found:
+        return []
+    counts = sorted({step["rows"] for steps in found.values() for step in steps})
+    rows = [f"| pass, ms (x floor), by rows | {' | '.join(map(str, counts))} |", "|---|" + "---|" * len(counts)]
+    for name, steps in found.items():
+        cells = {step["rows"]: f"{step['ms']:.2f} ({step['ms'] / step['floor_ms']:.2f}x)" for step in steps}
+        rows.append(f"| {name} | {' | '.join(cells.get(count, '') for count in counts)} |")
+    return ["\n".join(rows) + "\n"]
