@@ -348,6 +348,38 @@ def test_probes_come_at_their_interval_and_go_on_while_they_hit():
             probe(hit)
 
 
+def test_a_draft_of_which_nothing_is_known_is_probed_at_once():
+    chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
+    assert not chooser.choose(99).is_probe
+    chooser.acceptance.version = 0
+    assert chooser.choose(99).is_probe
+
+
+def test_rounds_that_take_longer_than_measured_are_chosen_less():
+    """Drafting rounds at twice their measured time, a plain step as measured: what paid by a little pays no more."""
+    chooser = Auto(BF16, SHAPES, Known([(0.5, 0.1, 0.05, 0.03)]))
+    choice = chooser.choose(99)
+    assert len(choice.drafted)
+    assert choice.ms / choice.expected_tokens > 17.3 / 2
+    for _ in range(20):
+        chooser.learn(choice, [], 2, 2 * BF16.round_ms(choice.drafted))
+    later = chooser.choose(99)
+    assert later.drafted == PLAIN
+    assert later.plain_ms == 17.3
+    for _ in range(20):
+        chooser.learn(later, [], 1, 3 * 17.3)  # now the whole machine is slower
+    assert len(chooser.choose(99).drafted)
+    assert 17.3 < chooser.choose(99).plain_ms < 3 * 17.3
+
+
+def test_a_time_that_says_nothing_changes_nothing():
+    chooser = Auto(BF16, SHAPES, Known([GOOD]))
+    choice = chooser.choose(99)
+    for _ in range(20):
+        chooser.learn(choice, [], 2)
+    assert chooser.choose(99) == choice
+
+
 def test_two_choosers_of_one_acceptance_learn_from_each_other():
     acceptance = Acceptance()
     acceptance.learn([Observation(1, 0)])

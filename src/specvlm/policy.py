@@ -40,7 +40,7 @@ _TOO_UNLIKELY = math.log(100)
 _KEPT_AT_CHANGE = 0.02  # of older evidence
 _PROBE_SHARE = 0.015  # of the time of plain decoding that probes may take
 _TIME_SHARE = 0.1  # of the latest round in what rounds are thought to take
-_LEAST_LONGER, _MOST_LONGER = 0.5, 2.0  # one round says no more than this
+_LEAST_LONGER, _MOST_LONGER = 0.3, 3.0  # one round says no more than this
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
 
 
@@ -349,6 +349,7 @@ class Auto:
 
     def __init__(self, costs: Costs, candidates: Sequence[Shape | Tree], acceptance: Acceptance | None = None) -> None:
         self.acceptance = Acceptance() if acceptance is None else acceptance
+        self._costs = costs
         self._plain_ms = costs.round_ms(PLAIN)
         able = [c for c in candidates if len(c) and costs.round_ms(c) < (c.depth + 1) * self._plain_ms]
         self._candidates = able
@@ -384,8 +385,8 @@ class Auto:
         """Take in a round: see `Policy`. Rounds that take longer than the costs say are expected to go on doing so."""
         self.acceptance.learn(observations)
         is_plain = not len(choice.drafted)
-        if ms is not None and choice.ms > 0:
-            longer = min(max(ms / choice.ms, _LEAST_LONGER), _MOST_LONGER) * self._longer[is_plain]
+        if ms is not None:
+            longer = min(max(ms / self._costs.round_ms(choice.drafted), _LEAST_LONGER), _MOST_LONGER)
             self._longer[is_plain] += (longer - self._longer[is_plain]) * _TIME_SHARE
         self._num_plain = self._num_plain + num_tokens if is_plain else 0
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
