@@ -245,10 +245,15 @@ def _add_speed(questions: Any) -> None:
     group = parser.add_argument_group("Real checkpoints instead of planted pairs")
     group.add_argument("--target", metavar="TARGET", help="Hugging Face directory or hub id")
     group.add_argument("--draft", metavar="DRAFT", help="the same for the draft")
+    group = parser.add_argument_group("Real clips")
+    text = "whole answers instead of single steps: DIR has videos and clips.jsonl, a line {id, file, prompt} each "
+    text += "[default: the bundled held-out clips, and the bundled pair]"
+    group.add_argument("--clips", metavar="DIR", nargs="?", const="", help=text)
     group = parser.add_argument_group("What is measured")
     group.add_argument("--visual-tokens", metavar="N,N", default="16384", help="[default: %(default)s]")
     group.add_argument("--keep-ratios", metavar="X,Y", default="0.1", help="[default: %(default)s]")
-    group.add_argument("--methods", metavar="A,B", help="[default: all]")
+    help = "[default: all; of clips: plain,tree,auto]"
+    group.add_argument("--methods", metavar="A,B", help=help)
     help = "drafted trees; the chain method takes the chains, the tree method the others [default: paper chain:5]"
     group.add_argument("--trees", metavar="TREE", nargs="+", help=help, default=argparse.SUPPRESS)
     help = "weight-only quantisations of the draft: none, fp8, int8, int4 [default: none]"
@@ -257,7 +262,7 @@ def _add_speed(questions: Any) -> None:
     group.add_argument("--planted-drafts", metavar="A,B", help=help)
     help = "tokens of an answer [default: 256]"
     group.add_argument("--tokens", dest="num_tokens", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
-    help = "counted answers of each method [default: 5]"
+    help = "counted answers of each method [default: 5; of clips: 3]"
     group.add_argument("--repeats", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
     help = "counted prefills, and answers of other engines [default: 2]"
     group.add_argument("--slow-repeats", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
@@ -512,6 +517,8 @@ def _bench_speed(args: argparse.Namespace, status: Status) -> int:
         raise ConfigError(f"pairs={args.pairs!r} is not allowed beside --target: leave one of them out")
     if bool(args.target) != bool(args.draft):
         raise ConfigError("bench speed needs a target and a draft: give both --target and --draft, or neither")
+    if args.clips is not None:
+        return _bench_clips(args, status)
     from specvlm.bench import plots, summary
 
     if args.plots:
@@ -536,7 +543,8 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
     for name in ("methods", "draft_quants", "planted_drafts"):
         given |= {name: tuple(getattr(args, name).split(","))} if getattr(args, name) else {}
     if args.target and args.planted_drafts:
-        raise ConfigError(f"planted_drafts={args.planted_drafts!r} is not allowed beside --target: leave one of them out")
+        problem = f"planted_drafts={args.planted_drafts!r} is not allowed beside --target"
+        raise ConfigError(f"{problem}: leave one of them out")
     given |= {"planted_drafts": ()} if args.target else {}
     counts, ratios = (_numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
     from specvlm.bench import published, runner, speed, subjects
@@ -552,6 +560,60 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
     dtype = resolve_dtype(args.dtype, device)
     records = runner.run(sources, sweep, device, dtype, watch=status.show, vllm_python=args.vllm_python)
     return runner.write(records, args.out)
+
+
+_NOT_OF_CLIPS = {"pairs": None, "tiny": False, "seed": 0, "visual_tokens": "16384", "planted_drafts": None,
+                 "slow_repeats": None, "vllm_python": sys.executable, "plots": None}  # fmt: skip
+
+
+def _bench_clips(args: argparse.Namespace, status: Status) -> int:
+    """Time whole answers on real clips."""
+    for name, default in _NOT_OF_CLIPS.items():
+        if getattr(args, name, default) != default:
+            raise ConfigError(f"{name}={getattr(args, name)!r} is not allowed beside --clips: leave one of them out")
+    from specvlm.bench import answers
+
+    found, origin = answers.read(args.lines) if args.lines else _clip_answers(args, status)
+    lines: list[dict[str, Any]] = []
+    try:
+        lines.extend(found)
+    finally:  # what was measured is shown, also where the run was interrupted
+        status.clear()
+        if lines:
+            print(answers.table(lines, origin), end="")
+    return 0 if all(line["is_identical"] for line in lines) else 1
+
+
+def _clip_answers(args: argparse.Namespace, status: Status) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
+    """Measure what the options say; return the lines, as they come, and their provenance."""
+    several = {
+        "trees": getattr(args, "trees", ["paper"]),
+        "keep_ratios": _numbers(args, "keep_ratios", float),
+        "draft_quants": (args.draft_quants or "none").split(","),
+    }
+    for name, values in several.items():
+        if len(values) > 1:
+            raise ConfigError(f"{name}={values!r} is not allowed beside --clips: name one")
+    repeats = getattr(args, "repeats", 3)
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats} is not allowed: at least 1")
+    settings = {"tree": several["trees"][0], "keep_ratio": several["keep_ratios"][0]}
+    settings |= {"max_new_tokens": args.num_tokens} if hasattr(args, "num_tokens") else {}
+    from specvlm.bench import acceptance, answers
+    from specvlm.bench.provenance import command_line, provenance
+    from specvlm.engine import SpecVLM, bundled
+
+    methods = answers.settings_of(args.methods.split(",") if args.methods else answers.DEFAULT_METHODS, **settings)
+    directory = Path(args.clips or bundled("clips"))
+    clips = acceptance.read_clips(directory)
+    quant = None if several["draft_quants"] == ["none"] else several["draft_quants"][0]
+    options = {"draft": args.draft, "device": args.device, "dtype": args.dtype, "draft_quant": quant}
+    model = SpecVLM.from_pretrained(args.target, **options, watch=status.show)
+    for name in methods:
+        model.request(None, **methods[name])  # refuses what is not allowed before any work
+    found = answers.run(model, directory, clips, methods, repeats=repeats, watch=status.show)
+    origin = provenance(command_line()) | {"models": model.models}
+    return answers.write(found, origin, args.out), origin
 
 
 def _numbers(args: argparse.Namespace, name: str, kind: type[Any]) -> tuple[Any, ...]:
