@@ -738,7 +738,7 @@ def test_every_clip_is_answered_by_every_method_after_one_answer_that_is_not_cou
     assert len({tuple(order) for order in orders}) > 1  # at random
     assert len(ran) == 15
     origin, *lines = map(json.loads, out.read_text().splitlines())
-    assert {"command", "commit", "versions", "models"} == set(origin)
+    assert {"command", "commit", "versions", "device", "dtype", "draft_quant"} == set(origin)
     assert [(one["clip"], one["method"]) for one in lines] == [
         (clip, method) for clip in ("clip00", "clip01") for method in ("plain", "tree", "auto")
     ]

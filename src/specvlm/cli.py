@@ -612,7 +612,7 @@ def _clip_answers(args: argparse.Namespace, status: Status) -> tuple[Iterator[di
     for name in methods:
         model.request(None, **methods[name])  # refuses what is not allowed before any work
     found = answers.run(model, directory, clips, methods, repeats=repeats, watch=status.show)
-    origin = provenance(command_line()) | {"models": model.models}
+    origin = provenance(command_line()) | {name: model.models[name] for name in ("device", "dtype", "draft_quant")}
     return answers.write(found, origin, args.out), origin
 
 
