@@ -207,6 +207,16 @@ def test_shapes_and_trees_are_compared_in_one_list():
         assert chosen.ms / chosen.expected_tokens == pytest.approx(min(rates.values()))
 
 
+def test_the_best_of_all_shapes_is_chosen():
+    dice = np.random.default_rng(1)
+    for _ in range(4):
+        ranks = sorted(dice.dirichlet((9, 2, 1, 1, 3))[:4], reverse=True)
+        for costs in (BF16, QUANT, SELF):
+            best = best_fixed(ranks, costs)
+            chosen = Auto(costs, SHAPES, Known([ranks])).choose(99)
+            assert (chosen.drafted, chosen.expected_tokens) == (best, pytest.approx(worth(best, ranks)))
+
+
 # Acceptance
 
 
@@ -264,6 +274,19 @@ def test_a_row_never_promises_certainty():
     for at in range(100):
         acceptance.learn([Observation(1, 0, (0,)), Observation(2, at % 2)])
         assert acceptance.by_depth(5).sum(1).max() <= 1 - 1e-3 + 1e-12
+
+
+@pytest.mark.parametrize("was_good", [True, False])
+def test_three_surprises_in_a_row_overthrow_what_was_known(was_good):
+    acceptance, usual, other = Acceptance(), 0 if was_good else None, None if was_good else 0
+    for _ in range(200):
+        acceptance.learn([Observation(1, usual)])
+    for _ in range(2):
+        acceptance.learn([Observation(1, other)])
+    assert (acceptance.by_depth(1)[0, 0] > 0.5) == was_good  # two may come by chance
+    acceptance.learn([Observation(1, other)])
+    now = acceptance.by_depth(1)[0, 0]
+    assert now < 0.1 if was_good else now > 0.9
 
 
 def test_ranks_that_were_not_offered_are_not_judged():
@@ -395,6 +418,22 @@ def test_where_no_shallow_tree_is_offered_the_shallowest_is_probed():
     chooser = Auto(QUANT, trees, Known([HOPELESS]))
     choices = play(World(HOPELESS, QUANT, 0), chooser, 256)[1]
     assert {choice.drafted for choice in choices} == {PLAIN, trees[2]}
+
+
+def test_a_probe_is_shallow_though_a_deeper_tree_were_nearer_to_paying():
+    costs = Costs(VERIFY, 9.0, {1: 0.1})
+    chooser = Auto(costs, SHAPES, Known([(0.3, 0.04, 0.02, 0.01)]))
+    for _ in range(chooser.choose(99).probe_in):
+        choice = chooser.choose(99)
+        assert choice.best_ms < costs.round_ms(Shape(1, 1, 3)) / 1.37
+        chooser.learn(choice, [], 1)
+    assert chooser.choose(99).is_probe
+    assert chooser.choose(99).drafted.depth == 1
+
+
+def test_probes_that_cost_nothing_leave_some_plain_tokens_between():
+    choice = Auto(Costs(VERIFY, 0.1, {1: 4.0}), SHAPES, Known([(0.001,) * 4])).choose(99)
+    assert (choice.drafted, choice.probe_in) == (PLAIN, 4)
 
 
 def test_a_choice_explains_itself():
