@@ -289,6 +289,13 @@ def test_three_surprises_in_a_row_overthrow_what_was_known(was_good):
     assert now < 0.1 if was_good else now > 0.9
 
 
+def test_what_has_become_usual_overthrows_nothing_more():
+    acceptance = Acceptance()
+    for hit in [0] * 200 + [None] * 12 + [0]:
+        acceptance.learn([Observation(1, hit)])
+    assert acceptance.by_depth(1)[0, 0] < 0.25  # one hit among many misses, not among the latest
+
+
 def test_ranks_that_were_not_offered_are_not_judged():
     acceptance = Acceptance()
     for _ in range(2000):
