@@ -37,7 +37,7 @@ from specvlm.engine import bundled
 from specvlm.errors import CapacityError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import QuantWeight, dequantize
-from specvlm.policy import Choice, Costs
+from specvlm.policy import Auto, Choice, Costs
 from specvlm.report import Decision
 from specvlm.tree import PLAIN, Shape, parse
 
@@ -126,12 +126,17 @@ def test_a_changing_draft_changes_every_128_tokens():
 
 
 def agreement(draft, ranks, cycle):
-    """Return the share of tokens of the cycle whose successor a draft's head holds at the rank that was drawn."""
+    """Return the share of tokens of the cycle whose successor a draft's head holds at the rank that was drawn.
+
+    Where that is the first rank, and where it is another: the smaller of both shares.
+    """
     head = dequantize(draft.head, torch.float32) if isinstance(draft.head, QuantWeight) else draft.head
     embeds = draft.hf.get_input_embeddings().weight[cycle.order]
     logits = (embeds / embeds.pow(2).mean(1, keepdim=True).sqrt()) @ head.T
     found = (logits > logits.gather(1, cycle.order.roll(-1)[:, None])).sum(1)
-    return float((found.clamp_max(4) == ranks[cycle.order - cycle.low]).float().mean())
+    drawn = ranks[cycle.order - cycle.low]
+    is_right, is_first = (found.clamp_max(4) == drawn).float(), drawn == 0
+    return min(float(is_right[is_first].mean()), float(is_right[~is_first].mean()))
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,8 @@ def test_a_drafts_passes_run_on_its_own_layers_behind_the_pruned_prompt(layers):
     step = steps.draft(session, [2, 4], read_gb_s=10.0)
     assert step.rows == 4
     assert step.floor_ms == hardware.floor_ms(model.draft, session.length + 4, 10.0)
+    last, same = (one.workspace.storage[:, :, :, one.length - 1] for one in (session, start.session))
+    assert (layers.drafter == "self") is (last.shape == same.shape and torch.equal(last, same))  # copied, not computed
 
 
 def test_a_text_of_one_token_has_no_time_a_token():
@@ -391,6 +398,8 @@ def test_drafts_are_grouped_by_their_layers_and_the_smaller_model_as_it_is_comes
         (Layers("self", "fp8"), 2),
         (Layers("self", "int4"), 1),
     ]
+    [(layers, _)] = speed.Sweep(methods=("plain", "transformers-assisted")).groups()
+    assert layers == Layers("model")  # generate() drafts with it, too
     assert speed.Sweep(methods=("plain",)).groups() == [(None, [speed.Cell("plain")])]
     assert speed.Sweep(methods=("vllm-plain",)).groups() == []
 
@@ -478,6 +487,8 @@ def test_the_command_measures_every_method(tmp_path, capsys):
     assert lines["chain"]["steps"]["verify"]["rows"] == 3
     assert (lines["tree"]["keep_ratio"], lines["tree"]["kept_visual_tokens"]) == (0.2, 13)
     assert lines["plain"]["tree"] is lines["plain"]["keep_ratio"] is lines["plain"]["mean_accepted_length"] is None
+    assert lines["plain"]["kept_visual_tokens"] is lines["lookup"]["kept_visual_tokens"] is None
+    assert lines["auto"]["kept_visual_tokens"] == lines["self"]["kept_visual_tokens"] == 13
     assert set(lines["tree"]["ttft_s"]) == {"read", "encode", "prefill", "prune", "draft_prefill"}
     assert set(lines["plain"]["ttft_s"]) == {"read", "encode", "prefill"}
     assert set(lines["transformers-eager"]["ttft_s"]) == {"read", "encode_prefill"}
@@ -596,6 +607,8 @@ def test_plain_decoding_runs_beside_every_hopeless_draft(monkeypatch):
 def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
     cheap = Costs({1: 10.0, 64: 11.0}, first=1.0, level={1: 1.0, 8: 1.0})
     monkeypatch.setattr("specvlm.costs.measure", lambda session, drafter, options: cheap)
+    learn = Auto.learn  # from what came of rounds, not from how long they take here
+    monkeypatch.setattr(Auto, "learn", lambda self, *args: learn(self, *args[:3]))
     monkeypatch.setattr(planted, "BLOCK", 48)
     sweep = small(methods=("auto", "self"), planted_drafts=planted.DRAFTS, num_tokens=150)
     published, hopeless, changing, itself = speed.measure(subject(PAIRS[0]), sweep, 10.0, print)
@@ -603,6 +616,7 @@ def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
     assert all(shape.depth >= 2 for shape in published.shapes)
     assert sum(shape.share for shape in published.shapes) <= 1
     assert itself.mean_accepted_length > published.mean_accepted_length
+    assert published.round_ms is None  # rounds of different trees have none in common
     assert published.changes == hopeless.changes == []
     assert len(changing.changes) == 3
     for before, after in pairwise(changing.changes):
@@ -735,7 +749,7 @@ def test_every_clip_is_answered_by_every_method_after_one_answer_that_is_not_cou
     names = ["clip00.mp4", "clip00.mp4", "clip01.mp4", "clip01.mp4"]
     for name, order in zip(names, orders, strict=True):
         assert sorted(order, key=str) == sorted([(name, *method) for method in methods], key=str)
-    assert len({tuple(order) for order in orders}) > 1  # at random
+    assert len({str([one[1:] for one in order]) for order in orders}) > 1  # at random
     assert len(ran) == 15
     origin, *lines = map(json.loads, out.read_text().splitlines())
     assert {"command", "commit", "versions", "device", "dtype", "draft_quant"} == set(origin)
@@ -782,12 +796,12 @@ def test_the_fastest_answers_are_compared_clip_by_clip():
         *(answered(clip, "plain", [1.0, 2.0], [8.0, 9.0]) for clip in "abc"),
         answered("a", "auto", [0.5, 9.0], [4.0, 5.0], 3.0),
         answered("b", "auto", [1.04, 1.05], [8.0, 8.0], 1.0),  # slower by more than 3 %
-        answered("c", "auto", [1.0, 1.029], [2.0, 7.0], 2.0),
+        answered("c", "auto", [1.02, 1.029], [2.0, 7.0], 2.0),
     ]
     page = answers.table(lines, {"command": "x"})
     assert "3 clips, the fastest of 2 answers each" in page
     assert "| plain | 1.000 | 1.000 | 1.000 (a) | 0 of 3 | 1.000 | 15.0 |  | 3 of 3 |" in page
-    assert "| auto | 1.000 | 1.000 | 0.962 (b) | 1 of 3 | 2.000 | 15.0 | 2.00 | 3 of 3 |" in page
+    assert "| auto | 1.020 | 0.980 | 0.962 (b) | 1 of 3 | 2.000 | 15.0 | 2.00 | 3 of 3 |" in page
 
 
 @pytest.mark.parametrize(
