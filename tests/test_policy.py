@@ -392,7 +392,7 @@ def test_rounds_that_take_longer_than_measured_are_chosen_less():
     assert len(choice.drafted)
     assert choice.ms / choice.expected_tokens > 17.3 / 2
     for _ in range(20):
-        chooser.learn(choice, [], 2, 2 * BF16.round_ms(choice.drafted))
+        chooser.learn(choice, [Observation(1, None)], 2, 2 * BF16.round_ms(choice.drafted))
     later = chooser.choose(99)
     assert later.drafted == PLAIN
     assert later.plain_ms == 17.3
@@ -408,6 +408,20 @@ def test_a_time_that_says_nothing_changes_nothing():
     for _ in range(20):
         chooser.learn(choice, [], 2)
     assert chooser.choose(99) == choice
+
+
+def test_a_round_that_could_propose_nothing_is_no_probe():
+    """Lookup without a match: the next round may try again, and what could not be tried is still due."""
+    chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
+    chooser.acceptance.version = 0
+    for _ in range(5):
+        choice = chooser.choose(99)
+        assert choice.is_probe
+        chooser.learn(choice, [], 1)
+    chooser.acceptance.version = 1
+    for _ in range(200):
+        chooser.learn(chooser.choose(99), [], 1)
+    assert chooser.choose(99).is_probe
 
 
 def test_two_choosers_of_one_acceptance_learn_from_each_other():

@@ -14,13 +14,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specvlm.kernels import has_pdl
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.linear import linear
 from specvlm.kernels.norm import add_rms_norm
-from specvlm.kernels.quant import QuantWeight, quantize
+from specvlm.kernels.quant import MAX_ROWS, Around, QuantWeight, quant_linear_around, quantize, squares_of
 from specvlm.kernels.rope import rope_and_store
 from specvlm.kernels.tree_attention import is_served
 
@@ -40,7 +41,7 @@ class _Layer:
     out: Weight  # [D, H * d]
     out_bias: Tensor | None
     mlp_norm: Tensor  # [D]
-    gate_up: Weight  # [2 * I, D]
+    gate_up: Weight  # [2 * I, D]; quantised: gate and up in turn
     down: Weight  # [D, I]
 
 
@@ -55,6 +56,7 @@ class Decoder:
         self._rotary = text.rotary_emb
         self._layers = [_layer(layer) for layer in text.layers]
         self._final_norm: Tensor = text.norm.weight
+        self._is_quantised = False
         self._eps = float(text.norm.variance_epsilon)
         self.scaling = float(text.layers[0].self_attn.scaling)
 
@@ -66,6 +68,7 @@ class Decoder:
         """
         other = copy.copy(self)
         other._layers = [_quantised(layer, format) for layer in self._layers]
+        other._is_quantised = True
         return other
 
     @property
@@ -106,11 +109,11 @@ class Decoder:
             [T, D], normed.
         """
         eps, pdl = self._eps, has_pdl(embeds.device)
-        normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps, pdl=pdl)
-        for index, layer in enumerate(self._layers):
-            keys, values = storage[index].unbind(0)
+
+        def attention(index: int, projected: Tensor) -> Tensor:
+            layer, (keys, values) = self._layers[index], storage[index].unbind(0)
             query = rope_and_store(
-                linear(normed, layer.qkv, layer.qkv_bias, pdl=pdl),
+                projected,
                 *rotary,
                 keys,
                 values,
@@ -121,15 +124,44 @@ class Decoder:
                 eps=eps,
                 pdl=pdl,
             )
-            attended = linear(attend(query, keys, values).flatten(1), layer.out, layer.out_bias, pdl=pdl)
+            return attend(query, keys, values).flatten(1)
+
+        if self._is_quantised and embeds.shape[0] <= MAX_ROWS:
+            return self._short(embeds, attention)
+        normed, residual = add_rms_norm(embeds, None, self._layers[0].input_norm, eps, pdl=pdl)
+        for index, layer in enumerate(self._layers):
+            attended = attention(index, linear(normed, layer.qkv, layer.qkv_bias, pdl=pdl))
+            attended = linear(attended, layer.out, layer.out_bias, pdl=pdl)
             normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps, pdl=pdl)
-            added = linear(silu_mul(linear(normed, layer.gate_up, pdl=pdl), pdl=pdl), layer.down, pdl=pdl)
+            gate_up = linear(normed, layer.gate_up, pdl=pdl)
+            gated = F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2] if self._is_quantised else silu_mul(gate_up, pdl=pdl)
+            added = linear(gated, layer.down, pdl=pdl)
             if index < len(deepstack) and visual_rows is not None:
                 added.index_add_(0, visual_rows, deepstack[index].to(added.dtype))
             is_last = index + 1 == len(self._layers)
             norm = self._final_norm if is_last else self._layers[index + 1].input_norm
             normed, residual = add_rms_norm(added, residual, norm, eps, pdl=pdl)
         return normed
+
+    def _short(self, stream: Tensor, attention: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Run few rows [T, D] through quantised layers: norms, sums and activations are parts of the products.
+
+        Each product of four begins when the one before has ended, and reads its weights in a few microseconds: what
+        runs between them counts.
+        """
+        eps, pdl, squares = self._eps, has_pdl(stream.device), squares_of(stream)
+        for index, layer in enumerate(self._layers):
+            qkv, out, gate_up, down = layer.qkv, layer.out, layer.gate_up, layer.down
+            assert isinstance(qkv, QuantWeight)
+            assert isinstance(out, QuantWeight)
+            assert isinstance(gate_up, QuantWeight)
+            assert isinstance(down, QuantWeight)
+            projected, _ = quant_linear_around(stream, qkv, layer.qkv_bias, Around(squares, eps), pdl=pdl)
+            attended = attention(index, projected)
+            stream, squares = quant_linear_around(attended, out, layer.out_bias, Around(residual=stream), pdl=pdl)
+            gated, _ = quant_linear_around(stream, gate_up, None, Around(squares, eps, is_gated=True), pdl=pdl)
+            stream, squares = quant_linear_around(gated, down, None, Around(residual=stream), pdl=pdl)
+        return add_rms_norm(stream, None, self._final_norm, eps, pdl=pdl)[0]
 
 
 def is_supported(text: Any, device: torch.device) -> bool:
@@ -155,15 +187,23 @@ def _is_llama_like(layer: Any) -> bool:
 
 
 def _quantised(layer: _Layer, format: str) -> _Layer:
-    def smaller(weight: Weight) -> QuantWeight:
-        assert isinstance(weight, Tensor), "quantised twice"
-        return quantize(weight, format)
+    """Return a layer with quantised products. A norm's weight becomes part of the product behind it."""
 
+    def smaller(weight: Weight, norm: Tensor | None = None) -> QuantWeight:
+        assert isinstance(weight, Tensor), "quantised twice"
+        return quantize(weight, format, norm)
+
+    gate_up = layer.gate_up
+    assert isinstance(gate_up, Tensor)
+    in_turn = torch.stack(gate_up.chunk(2), 1).flatten(0, 1)
+    ones = torch.ones_like(layer.input_norm)
     return replace(
         layer,
-        qkv=smaller(layer.qkv),
+        input_norm=ones,
+        qkv=smaller(layer.qkv, layer.input_norm),
         out=smaller(layer.out),
-        gate_up=smaller(layer.gate_up),
+        mlp_norm=ones,
+        gate_up=smaller(in_turn, layer.mlp_norm),
         down=smaller(layer.down),
     )
 

@@ -388,7 +388,8 @@ class Auto:
         if ms is not None:
             longer = min(max(ms / self._costs.round_ms(choice.drafted), _LEAST_LONGER), _MOST_LONGER)
             self._longer[is_plain] += (longer - self._longer[is_plain]) * _TIME_SHARE
-        self._num_plain = self._num_plain + num_tokens if is_plain else 0
+        is_idle = is_plain or not observations  # a drafter may have had nothing to propose
+        self._num_plain = self._num_plain + num_tokens if is_idle else 0
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
 
     def _expected(self) -> Array:

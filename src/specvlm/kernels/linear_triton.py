@@ -82,14 +82,49 @@ def _load_rows(
 
 
 @triton.jit
-def _store(y, total, scale, bias, n, t, T, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Scale rows n of the product, [BLOCK_N, BLOCK_T], add the bias, round them and store them as columns n of y."""
+def _root_mean_square(squares, num_squares, t, T, K, eps, SQUARES: tl.constexpr):
+    """Return 1 / rms [BLOCK_T] of rows whose squares were summed in parts, [num_squares, T]."""
+    part = tl.arange(0, SQUARES)
+    inside = (part < num_squares)[:, None] & (t < T)[None, :]
+    found = tl.load(squares + part[:, None] * T + t[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.rsqrt(tl.sum(found, 0) / K + eps)
+
+
+@triton.jit
+def _store(
+    y, total, scale, bias, n, t, T, N, block, squares, num_squares, K, eps, squares_out,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SQUARES: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """Scale rows n of the product, [BLOCK_N, BLOCK_T], add the bias, round them and store them as columns n of y.
+
+    SQUARES: the input was not normed, and its squares are summed in `num_squares` parts (0: it was). GATED: rows 2 i
+    and 2 i + 1 are gate and up of column i. ADDED: y is added to; squares_out takes the squares' sums of its columns n.
+    """
     if HAS_SCALE:
         total *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if SQUARES > 0:
+        total *= _root_mean_square(squares, num_squares, t, T, K, eps, SQUARES)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    inside = (n < N)[:, None] & (t < T)[None, :]
-    tl.store(y + t[None, :] * N + n[:, None], total.to(y.dtype.element_ty), mask=inside)
+    if GATED:
+        BLOCK_N: tl.constexpr = total.shape[0]
+        BLOCK_T: tl.constexpr = total.shape[1]
+        pairs = tl.permute(tl.reshape(total, (BLOCK_N // 2, 2, BLOCK_T)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        values = gate * tl.sigmoid(gate) * up
+        i = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        inside = (i < N // 2)[:, None] & (t < T)[None, :]
+        tl.store(y + t[None, :] * (N // 2) + i[:, None], values.to(y.dtype.element_ty), mask=inside)
+    else:
+        inside = (n < N)[:, None] & (t < T)[None, :]
+        places = y + t[None, :] * N + n[:, None]
+        if ADDED:
+            total += tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        values = total.to(y.dtype.element_ty)
+        tl.store(places, values, mask=inside)
+        if ADDED:
+            wide = tl.where(inside, values.to(tl.float32), 0.0)
+            tl.store(squares_out + block * T + t, tl.sum(wide * wide, 0), mask=t < T)
 
 
 @triton.jit
@@ -104,7 +139,9 @@ def _sum_partials(partial, cells, low, high, AREA: tl.constexpr):
 @triton.jit
 def _finish_block(
     y, total, scale, bias, partial, arrivals, block, begin, first, tiles, k_tiles, ends, program, programs, T, N,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GPU: tl.constexpr,
+    squares, num_squares, K, eps, squares_out,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SQUARES: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    GPU: tl.constexpr,
 ):  # fmt: skip
     """Store a block of rows, whose tiles begin at index `begin`, or what this program has of it.
 
@@ -118,7 +155,8 @@ def _finish_block(
     cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
     begins = begin >= first
     if begins & ends:
-        _store(y, total, scale, bias, n, t, T, N, HAS_SCALE, HAS_BIAS)
+        _store(y, total, scale, bias, n, t, T, N, block, squares, num_squares, K, eps, squares_out,
+               HAS_SCALE, HAS_BIAS, SQUARES, GATED, ADDED)  # fmt: skip
     else:
         # at most two of a share's blocks are shared: one begun by an earlier program, one left to a later one
         own = partial + (2 * program + begins.to(tl.int32)) * AREA
@@ -129,7 +167,8 @@ def _finish_block(
         high = _owner(begin + k_tiles - 1, tiles, programs)
         if tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == high - low:
             whole = _sum_partials(partial, cells, low, high, AREA)
-            _store(y, whole, scale, bias, n, t, T, N, HAS_SCALE, HAS_BIAS)
+            _store(y, whole, scale, bias, n, t, T, N, block, squares, num_squares, K, eps, squares_out,
+                   HAS_SCALE, HAS_BIAS, SQUARES, GATED, ADDED)  # fmt: skip
             tl.store(arrivals + block, 0)
 
 
@@ -176,6 +215,6 @@ def stream_linear(
         if ends | (index == last - 1):
             _finish_block(
                 y, total, None, bias, partial, arrivals, block, index - k, first, tiles, k_tiles, ends, program,
-                programs, T, N, False, HAS_BIAS, GPU,
+                programs, T, N, None, 0, K, 0.0, None, False, HAS_BIAS, 0, False, False, GPU,
             )  # fmt: skip
             total = tl.full((BLOCK_N, BLOCK_T), 0.0, tl.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specvlm.errors import ConfigError
 from specvlm.kernels import HAS_TRITON
-from specvlm.kernels.linear import LinearPlan, _programs, _tiles, _workspace
+from specvlm.kernels.linear import _HEAD_OUTPUTS, LinearPlan, _programs, _tiles, _workspace
 
 FORMATS = ("fp8", "int8", "int4")
 GROUP = 128  # inputs that share a scale of int4
@@ -97,8 +97,8 @@ def is_served(format: str, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, format: str) -> QuantWeight:
-    """Quantise a weight [N, K] of a floating type to the nearest codes.
+def quantize(weight: Tensor, format: str, columns: Tensor | None = None) -> QuantWeight:
+    """Quantise a weight [N, K] of a floating type to the nearest codes, its columns scaled by `columns` [K] before.
 
     int4's scales are those of eight candidates that leave the smallest squared error. A few million weights are taken
     at a time, so that little memory is needed beside the result.
@@ -107,7 +107,7 @@ def quantize(weight: Tensor, format: str) -> QuantWeight:
         ConfigError: the format is unknown.
     """
     _check(format)
-    return _quantize(weight, format, panels=weight.device.type != "cpu" or format != "int8")
+    return _quantize(weight, format, columns, panels=weight.device.type != "cpu" or format != "int8")
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
@@ -142,6 +142,59 @@ def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, 
     return y.view(*x.shape[:-1], outputs)
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a product does besides, so that no kernel of its own has to.
+
+    Attributes:
+        squares: [parts, T] fp32 whose sums are those of the squares of the input's rows, which were not normed: the
+            product divides by their root mean square. (A norm's weight belongs into the product's, see `quantize`.)
+        eps: added to the mean square.
+        is_gated: the weight's rows are gate and up in turn; the result is silu(gate) * up, half as wide.
+        residual: [T, N], to which the result is added.
+    """
+
+    squares: Tensor | None = None
+    eps: float = 0.0
+    is_gated: bool = False
+    residual: Tensor | None = None
+
+
+def squares_of(rows: Tensor) -> Tensor:
+    """Return the sums of the squares of rows [T, D] as `Around.squares`, in one part: [1, T]."""
+    return rows.float().square().sum(1)[None]
+
+
+def quant_linear_around(
+    x: Tensor, weight: QuantWeight, bias: Tensor | None, around: Around, *, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what a product with its surroundings gives for x [T, K], and the squares of the result's rows.
+
+    The result is [T, N], [T, N / 2] if gated, or the residual stream itself. Its squares mean nothing if it is not.
+    """
+    if not _served(x, weight):
+        return quant_linear_around_reference(x, weight, bias, around)
+    plan = _plan_for(x, weight, pdl)
+    squares = torch.empty(-(-weight.shape[0] // plan.block_n), len(x), dtype=torch.float32, device=x.device)
+    return stream_quant(x, weight, bias, plan=plan, around=around, squares=squares), squares
+
+
+def quant_linear_around_reference(
+    x: Tensor, weight: QuantWeight, bias: Tensor | None, around: Around
+) -> tuple[Tensor, Tensor]:
+    """Do what `quant_linear_around` does with torch operations."""
+    y = quant_linear(x, weight).float()
+    if around.squares is not None:
+        y = y * (around.squares.sum(0) / x.shape[1] + around.eps).rsqrt()[:, None]
+    y = y if bias is None else y + bias.float()
+    if around.is_gated:
+        y = F.silu(y[:, 0::2]) * y[:, 1::2]
+    if around.residual is None:
+        return y.to(x.dtype), squares_of(y)
+    around.residual.copy_(around.residual.float() + y)
+    return around.residual, squares_of(around.residual)
+
+
 def quant_linear_reference(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
     """Do what `quant_linear` does, for x [T, K], with the dequantised weight, a part of it at a time if it is large."""
     outputs, inputs = weight.shape
@@ -159,9 +212,12 @@ def quant_linear_reference(x: Tensor, weight: QuantWeight, bias: Tensor | None =
 def plan_quant(format: str, rows: int, outputs: int, inputs: int, sms: int) -> QuantPlan:
     """Choose the plan of a product of [rows, inputs] with [outputs, inputs] on `sms` multiprocessors of a Hopper."""
     block_t = max(8, 1 << (rows - 1).bit_length())
-    block_n = 128 if block_t <= 32 else 64
-    share = 2 if block_t <= 32 else 1  # programs on a multiprocessor
-    x_left = block_t in (16, 32)
+    is_small = block_t == 8 and outputs < _HEAD_OUTPUTS
+    block_n, warps = (64, 2) if is_small else (128, 4) if block_t <= 32 else (64, 4)
+    blocks, k_tiles = -(-outputs // block_n), _panels(format, inputs)
+    share = 3 if block_t == 8 else 2 if block_t <= 32 else 1  # programs on a multiprocessor
+    if is_small:
+        share = 6 if 4 * sms < blocks <= 6 * sms else 4
     x_bytes = 2 * _WORDS * block_t * _parts(format)
     stage = 2 * _WORDS * block_n + x_bytes + (4 * block_n if format == "int4" else 0)
     room = _SHARED_BYTES // share - 2048 - 4 * block_n * block_t - (x_bytes if block_t > 32 else 0)
@@ -170,12 +226,29 @@ def plan_quant(format: str, rows: int, outputs: int, inputs: int, sms: int) -> Q
         block_n=block_n,
         block_k=_WORDS,
         stages=min(8, room // stage) + 1,  # one less is held: a tile in registers needs no room
-        warps=4,
-        programs=min(share * sms, -(-outputs // block_n) * _panels(format, inputs)),
+        warps=warps,
+        programs=_aligned(blocks, k_tiles, share * sms) if share > 1 else min(sms, blocks * k_tiles),
         prefetch=1,
         trigger=4,
-        x_left=x_left,
+        x_left=block_t == 16 or (block_t == 32 and format != "int4"),
     )
+
+
+def _aligned(blocks: int, k_tiles: int, most: int) -> int:
+    """Return how many programs share the tiles so that each has whole blocks of rows, or a part of one alone.
+
+    A program with parts of two blocks stops twice to hand them on. Even shares count more than many programs do.
+    """
+    if blocks > most:
+        return next(
+            (blocks // m for m in range(1, blocks) if blocks % m == 0 and most // 2 <= blocks // m <= most), most
+        )
+
+    def cost(parts: int) -> float:
+        uneven = -(-k_tiles // parts) * parts / k_tiles
+        return uneven * (1.1 - 0.1 * blocks * parts / most)
+
+    return blocks * min(range(1, min(k_tiles, most // blocks) + 1), key=cost)
 
 
 def stream_quant(
@@ -185,8 +258,12 @@ def stream_quant(
     *,
     plan: QuantPlan,
     out: Tensor | None = None,
+    around: Around | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel with a given plan; the arguments are those of `quant_linear`, x as [T, K] and out as [T, N].
+
+    `squares`, [blocks of rows of the plan, T] fp32, takes those of a residual stream.
 
     Raises:
         ConfigError: the plan asks for more programs or larger blocks than the workspace holds.
@@ -195,7 +272,11 @@ def stream_quant(
     outputs = weight.shape[0]
     programs = _programs(plan, outputs, _panels(weight.format, inputs))
     space = _workspace(x.device)
-    y = x.new_empty((rows, outputs)) if out is None else out
+    around = around or Around()
+    y = around.residual if around.residual is not None else out
+    if y is None:
+        y = x.new_empty((rows, outputs // 2 if around.is_gated else outputs))
+    num_squares = 0 if around.squares is None else len(around.squares)
     codes = weight.data.view(-1, _WORDS)
     _kernels().stream_quant[(programs,)](
         _tiles(x, plan.block_t, plan) if plan.x_tma else x,
@@ -213,6 +294,13 @@ def stream_quant(
         programs,
         plan.prefetch,
         plan.trigger,
+        around.squares,
+        num_squares,
+        around.eps,
+        squares,
+        SQUARES=1 << (num_squares - 1).bit_length() if num_squares else 0,
+        GATED=around.is_gated,
+        ADDED=around.residual is not None,
         FORMAT=weight.format,
         BLOCK_T=plan.block_t,
         BLOCK_N=plan.block_n,
@@ -273,7 +361,7 @@ def _cpu_product(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _quantize(weight: Tensor, format: str, *, panels: bool) -> QuantWeight:
+def _quantize(weight: Tensor, format: str, columns: Tensor | None = None, *, panels: bool) -> QuantWeight:
     outputs, inputs = weight.shape
     count = _panels(format, inputs)
     padded = count * _WORDS * _parts(format) if panels else inputs
@@ -284,7 +372,8 @@ def _quantize(weight: Tensor, format: str, *, panels: bool) -> QuantWeight:
     step = max(1, _CHUNK // padded)
     for begin in range(0, outputs, step):
         rows = slice(begin, min(begin + step, outputs))
-        part = F.pad(weight[rows].float(), (0, padded - inputs))
+        part = weight[rows].float() if columns is None else weight[rows].float() * columns.float()
+        part = F.pad(part, (0, padded - inputs))
         if format == "int4":
             codes, steps = _nearest_groups(part)
             scales[:, rows] = steps.view(len(part), count, 2).view(torch.int32)[..., 0].T

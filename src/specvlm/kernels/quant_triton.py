@@ -146,9 +146,10 @@ def _part(
     return _multiply(_decode(words, PART, FORMAT, dtype, GPU), rows, total, X_LEFT)
 
 
-@triton.jit(do_not_specialize=["T", "programs", "prefetch", "trigger"])
+@triton.jit(do_not_specialize=["T", "programs", "prefetch", "trigger", "num_squares"])
 def stream_quant(
     x, codes, code_rows, scales, bias, y, partial, arrivals, T, N, K, x_stride, programs, prefetch, trigger,
+    squares, num_squares, eps, squares_out, SQUARES: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
     FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
     X_LEFT: tl.constexpr, TMA: tl.constexpr, X_TMA: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     PDL: tl.constexpr, GPU: tl.constexpr,
@@ -157,8 +158,8 @@ def stream_quant(
 
     Args: x [T, K] as a pointer, or with X_TMA as the descriptor of its tiles; codes [panels * N, 64], int16, as a
     pointer or with TMA as a descriptor; code_rows the pointer to the codes; scales [N] fp32, for int4 [panels, N] pairs
-    of bfloat16; EVEN_N and EVEN_K: no tile reaches over that edge; X_LEFT: see `_multiply`. The others are those of
-    `stream_linear`.
+    of bfloat16; EVEN_N and EVEN_K: no tile reaches over that edge; X_LEFT: see `_multiply`; squares, num_squares, eps,
+    squares_out, SQUARES, GATED, ADDED: see `_store`. The others are those of `stream_linear`.
     """
     GROUPED: tl.constexpr = FORMAT == "int4"
     PARTS: tl.constexpr = 4 if GROUPED else 2
@@ -203,7 +204,8 @@ def stream_quant(
         if ends | (index == last - 1):
             _finish_block(
                 y, total.T if X_LEFT else total, scales, bias, partial, arrivals, block, index - k, first, tiles,
-                k_tiles, ends, program, programs, T, N, not GROUPED, HAS_BIAS, GPU,
+                k_tiles, ends, program, programs, T, N, squares, num_squares, K, eps, squares_out,
+                not GROUPED, HAS_BIAS, SQUARES, GATED, ADDED, GPU,
             )  # fmt: skip
             total = zero
 
