@@ -151,6 +151,11 @@ class SamplingConfig:
         """The repetition penalty, 1 where none is set."""
         return 1.0 if self.repetition_penalty is None else self.repetition_penalty
 
+    @property
+    def law(self) -> tuple[float, ...]:
+        """What turns logits into choices, the seed left out."""
+        return self.temperature, self.top_p, self.top_k, self.min_p, self.penalty
+
 
 @dataclass(frozen=True)
 class DraftConfig:

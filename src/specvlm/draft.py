@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -210,6 +210,7 @@ class ModelDrafter(Drafter):
         model, self._context = self._model, context
         self._sampling, self._chooser = context.sampling, verify.Chooser(context.sampling)
         self._shared = min(model.vocab_size, context.target.vocab_size)
+        self._law = (self._shared, *self._sampling.law)  # what is baked into a round's graphs, beside its shape
         self._session, pruned = self._start(context)
         self._session.rollback(len(pruned) - 1)
         self._pending = pruned.input_ids[-1:].tolist()  # known tokens that the cache does not hold yet
@@ -278,16 +279,15 @@ class ModelDrafter(Drafter):
         found: Draft = session.run(("nodes", key, drafted), lambda: growth.nodes(drafted))
         return found
 
-    def _growth_key(self, drafted: Shape | Tree) -> object:
+    def _growth_key(self, drafted: Shape | Tree) -> Hashable:
         """Return what the fixed tensors of a round depend on: of a shape, its width alone."""
-        sampling = replace(self._sampling, seed=None, max_new_tokens=1, stop=(), ignore_eos=False)
-        return (drafted.width if isinstance(drafted, Shape) else drafted, self._shared, sampling)
+        return (drafted.width if isinstance(drafted, Shape) else drafted, *self._law)
 
     def _new_growth(self, drafted: Shape | Tree) -> Growth:
         deepest = replace(drafted, depth=tree.MAX_DEPTH) if isinstance(drafted, Shape) else drafted
         return Growth(deepest, self._worth, self.device)
 
-    def _run(self, key: object, function: Callable[[], None]) -> None:
+    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Run a pass, on a GPU as a graph that is captured the first time."""
         if self._session.is_captured and not self._session.workspace.has(key):
             with self._context.seconds.stage("capture", self.device):

@@ -260,6 +260,7 @@ class SpecVLM:
                         session.capture(len(draft) + 1)
                 tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
                 logits = session.verify(tokens, draft.rows, drafter.watch())
+                chooser.foresee()
                 observe(logits)
                 accepted = verifier.accept(logits, draft)
                 session.keep((0, *(node + 1 for node in accepted.nodes)))

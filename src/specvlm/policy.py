@@ -189,6 +189,7 @@ class Acceptance:
             self._doubt[:] = 0.0
             self._hits *= _KEPT_AT_CHANGE
             self._tries *= _KEPT_AT_CHANGE
+            self.version += 1  # what was foreseen before holds no more
 
 
 class _Expectation:
@@ -295,6 +296,10 @@ class Policy(Protocol):
         """Return what the next round drafts, where `left` drafted tokens may still be accepted."""
         ...
 
+    def foresee(self) -> None:
+        """Do what the next choice needs and this round cannot change much, while a GPU is busy with the round."""
+        ...
+
     def learn(
         self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
     ) -> None:
@@ -328,6 +333,9 @@ class Fixed:
         tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
         return Choice(self._drafted, float(tokens[0]), self._ms, self._plain_ms)
 
+    def foresee(self) -> None:
+        """Do nothing: there is nothing to choose."""
+
     def learn(
         self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
     ) -> None:
@@ -357,7 +365,7 @@ class Auto:
         self._ms = np.array([costs.round_ms(drafted) for drafted in able])
         self._expectation = _Expectation(able)
         self._is_shallowest = self._depths == self._depths.min(initial=MAX_NODES)
-        self._version = -1  # of the acceptance that _tokens were computed from
+        self._version = -2  # of the acceptance that _tokens were computed from
         self._tokens = np.ones(len(able))
         self._longer = {True: 1.0, False: 1.0}  # time of late over what the costs say, of plain and of drafting rounds
         self._num_plain = 0  # plain tokens since something was drafted
@@ -379,6 +387,12 @@ class Auto:
             return self._choice(probe, is_probe=True)
         return Choice(PLAIN, 1.0, self._plain_now, self._plain_now, best_ms=1 / float(rates[best]), probe_in=wait)
 
+    def foresee(self) -> None:
+        """Work out what all candidates are worth, by the evidence so far."""
+        if self._version != self.acceptance.version:
+            self._tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
+            self._version = self.acceptance.version
+
     def learn(
         self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
     ) -> None:
@@ -393,10 +407,9 @@ class Auto:
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
 
     def _expected(self) -> Array:
-        """Return the expected tokens of all candidates, computed anew where the acceptance has changed."""
-        if self._version != self.acceptance.version:
-            self._tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
-            self._version = self.acceptance.version
+        """Return the expected tokens of all candidates. The evidence of the latest round may be missing."""
+        if self._version < self.acceptance.version - 1:
+            self.foresee()
         return self._tokens
 
     def _interval(self, probe: int) -> int:

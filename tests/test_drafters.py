@@ -1,0 +1,252 @@
+"""What drafters propose and refuse, beside the lossless matrix of test_engine.py."""
+
+import pytest
+import tiny
+import torch
+from conftest import load
+
+from specvlm import ConfigError, SpecVLM, model, tree
+from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
+from specvlm.draft import DraftWarning, create
+from specvlm.engine import bundled
+from specvlm.explain import explain
+from specvlm.growth import best, merged
+from specvlm.kernels import quant
+from specvlm.lookup import Lookup
+from specvlm.model import VideoLM
+from specvlm.policy import PLAIN, Acceptance, Choice
+from specvlm.report import Decision
+from specvlm.tree import Shape
+from specvlm.verify import Draft
+
+PROMPT = "What happens in the video?"
+
+
+def found(ids, limit=4, excluded=()):
+    lookup = Lookup(excluded)
+    lookup.extend(ids)
+    return lookup.find(limit)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1]),
+        ([1, 2, 7, 8, 2, 3, 9, 9, 1, 2, 3], [9, 9, 1, 2]),  # 1 2 3 never stood before, 2 3 did
+        ([1, 2], []),
+        ([], []),
+        ([5, 1, 2, 6, 9, 1, 2, 7, 4, 1, 2], [7, 4, 1, 2]),  # the latest of two
+        ([8, 1, 2, 3, 0, 0, 7, 1, 2, 4, 5, 8, 1, 2], [3, 0, 0, 7]),  # the longer of two
+        ([1, 2, 1, 2, 1, 2], [1, 2, 1, 2]),  # a loop goes on
+        ([3, 3, 3], [3, 3, 3, 3]),
+    ],
+)
+def test_lookup_continues_the_longest_and_latest_match(ids, expected):
+    assert found(ids) == expected
+
+
+def test_lookup_reaches_over_no_visual_token():
+    assert found([1, 0, 0, 2, 3, 1, 0, 0, 2], excluded=[0]) == []
+    assert found([1, 2, 0, 0, 5, 1, 2], excluded=[0]) == []
+    assert found([1, 2, 4, 0, 5, 1, 2], excluded=[0]) == [4]
+
+
+@pytest.mark.parametrize("parts", [1, 4, 32])
+def test_the_best_of_parts_are_the_best(parts):
+    scores = torch.randn(5, 320, generator=torch.Generator().manual_seed(0))
+    values, places = best(scores, 4, parts)
+    top = scores.topk(4)
+    assert torch.equal(values, top.values)
+    assert torch.equal(places, top.indices)
+
+
+def test_a_row_that_the_parts_do_not_divide_stays_whole():
+    scores = torch.arange(130.0).flip(0)[None]
+    assert best(scores, 3, 32)[1].tolist() == [[0, 1, 2]]
+    assert best(scores[:, :64], 4, 32)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_lookup_is_a_branch_of_its_own():
+    draft = Draft.of([5, 6, 7], [-1, -1, 0])
+    both = merged(draft, [8, 9], torch.device("cpu"))
+    assert both.tokens.tolist() == [5, 6, 7, 8, 9]
+    assert both.parents.tolist() == [-1, -1, 0, -1, 3]
+    expected = tree.Rows.of((-1, 0, 0, 1, 0, 4), 6, torch.device("cpu"))
+    assert torch.equal(both.rows.sees, expected.sees)
+    assert both.rows.depths.tolist() == expected.depths.tolist()
+
+
+@pytest.mark.parametrize("parents", [(-1, -1, 0, 0, 2, 4, 4), (-1, 0, 1, 2), (-1, -1, -1), (-1,)])
+def test_what_rows_see_is_the_same_on_the_device(parents):
+    ours = tree.ancestors_on_device(torch.tensor(parents), 4)
+    assert torch.equal(ours, tree.ancestors(parents))
+
+
+def test_shapes_run_what_they_say():
+    assert Shape(4, 1, 7).passes == (1, 1, 1, 1)
+    assert Shape(4, 8, 31).passes == (1, 4, 8, 8)
+    assert tree.parse("paper").passes == (1, 4, 4, 1, 1)
+    assert PLAIN.passes == ()
+    assert tree.parse("dynamic") == Shape(5, 4, 25)
+
+
+def test_self_drafting_gathers_what_a_prefill_would_compute(pair):
+    """With all visual tokens kept, the gathered rows are those of the target's own prefill."""
+    start = pair.prefill(pair.request(tiny.video(4), PROMPT))
+    keep = torch.arange(start.prompt.num_visual)
+    branch = pair.target.branch(start.prompt, start.session, start.prompt.rows(keep), 8)
+    tokens = torch.tensor([5, 6, 7])
+    ours, theirs = branch.step(tokens, [-1, 0, 1]), start.session.step(tokens, [-1, 0, 1])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert branch.position == start.session.position
+
+
+def test_self_drafting_on_everything_accepts_everything(pair):
+    model = SpecVLM(pair.target)
+    with pytest.warns(DraftWarning, match="set draft_quant or a keep_ratio below 1"):
+        answer = model.generate(
+            tiny.video(6), PROMPT, drafter="self", keep_ratio=1.0, tree="chain:4", max_new_tokens=21
+        )
+    assert answer.speculation.accepted_tokens == 16
+    assert answer.seconds["draft_prefill"] < answer.seconds["prefill"]
+
+
+def test_kept_tokens_are_chosen_anew(pair):
+    """A refresh replaces the draft's visual rows by those that the text attends to now; the target's stay."""
+    request = pair.request(tiny.video(6), PROMPT, drafter="self", refresh=1, keep_ratio=0.3, tree="chain:2")
+    start = pair.prefill(request)
+    drafters = []
+    original = create
+
+    def watched(*args):
+        drafters.append(original(*args))
+        return drafters[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specvlm.engine.drafting.create", watched)
+        rounds = pair.decode(request, start)
+        next(rounds)
+        next(rounds)
+    drafter, index = drafters[0], start.prompt.visual_index
+    places = drafter._pruned.visual_index
+    rows = drafter._session.workspace.storage[:, :, :, places]
+    target = start.session.workspace.storage[:, :, :, index]
+    scores = (start.scores + drafter._watched.mean) / 2
+    assert drafter._watched.mean.sum() > 0
+    kept = [int((target == row[:, :, :, None]).all((0, 1, 2, 4)).nonzero()) for row in rows.unbind(3)]
+    assert len(set(kept)) == len(places)
+    assert scores[kept].sum() > scores.mean() * len(kept)
+
+
+@pytest.mark.parametrize("drafter", ["model", "self"])
+def test_a_quantised_draft_is_lossless(pair, drafter):
+    small = (pair.target if drafter == "self" else pair.draft).quantised("int8")
+    quantised = SpecVLM(pair.target, small)
+    plain = pair.generate(tiny.video(6), PROMPT, drafter="none", max_new_tokens=24)
+    for settings in ({"policy": "fixed"}, {"tree": "paper", "keep_ratio": 1.0}, {"repetition_penalty": 1.0}):
+        answer = quantised.generate(tiny.video(6), PROMPT, drafter=drafter, max_new_tokens=24, **settings)
+        assert answer.token_ids == plain.token_ids
+        assert answer.config.draft.drafter == drafter
+        if drafter == "self" and settings.get("keep_ratio") == 1.0:
+            assert answer.speculation.mean_accepted_length > 2  # it is the target, nearly
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_every_format_drafts_losslessly(format, monkeypatch):
+    """The reference stands in for the kernels, which no CPU has."""
+    monkeypatch.setattr(model, "is_served", lambda format, device: True)
+    target = load("qwen2_5_vl", "target")
+    quantised = SpecVLM(target, target.quantised(format))
+    plain = quantised.generate(tiny.video(6), PROMPT, drafter="none", max_new_tokens=24)
+    for drafter in ("model", "self"):
+        answer = quantised.generate(tiny.video(6), PROMPT, drafter=drafter, tree="paper", max_new_tokens=24)
+        assert answer.token_ids == plain.token_ids
+    assert quantised.models["draft_quant"] == format
+
+
+def test_a_draft_without_originals_gives_its_memory_back():
+    draft = VideoLM.from_pretrained(tiny.checkpoint("qwen2_5_vl", "near"), device="cpu")
+    before = sum(part.numel() for part in draft.hf.model.language_model.layers.parameters())
+    small = draft.quantised("int8", keep_original=False)
+    after = sum(part.numel() for part in draft.hf.model.language_model.layers.parameters())
+    assert after < before / 10
+    pair = SpecVLM(load("qwen2_5_vl", "target"), small)
+    assert pair.generate(tiny.video(4), PROMPT, tree="paper", max_new_tokens=8).speculation.rounds > 0
+
+
+def test_a_quantisation_without_a_kernel_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="draft_quant='fp8' has no kernel for cpu: choose int8, or leave it out"):
+        SpecVLM.from_pretrained("no/such/model", draft="self", draft_quant="fp8", device="cpu")
+    with pytest.raises(ConfigError, match="draft_quant='int2' is not allowed: fp8, int8, int4"):
+        SpecVLM.from_pretrained("no/such/model", draft="self", draft_quant="int2", device="cpu")
+    with pytest.raises(ConfigError, match="draft_quant='int8' is not allowed without a draft"):
+        SpecVLM.from_pretrained("no/such/model", draft_quant="int8", device="cpu")
+    with pytest.raises(ConfigError, match="draft_device='cpu' is not allowed for self-drafting"):
+        SpecVLM.from_pretrained("no/such/model", draft="self", draft_device="cpu", device="cpu")
+
+
+def test_a_pair_is_loaded_as_it_was_asked_for():
+    own = SpecVLM.from_pretrained(draft="self", draft_quant="int8", device="cpu")
+    assert own.draft.hf is own.target.hf
+    assert (own.draft.quant, own.target.quant) == ("int8", None)
+    assert own.config.draft.drafter == "self"
+    assert SpecVLM.from_pretrained(drafter="lookup", device="cpu").draft is None
+    assert SpecVLM.from_pretrained(drafter="self", device="cpu").draft.hf is not None
+    same = bundled("target")
+    assert SpecVLM.from_pretrained(same, draft=same, draft_quant="int8", device="cpu").draft.quant == "int8"
+
+
+def test_looking_up_in_an_empty_prompt_is_pointed_out():
+    pair = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "near"))
+    for settings in ({"drafter": "lookup"}, {"lookup_tokens": 3}):
+        with pytest.warns(DraftWarning, match="ask a question, or draft with a model"):
+            pair.request(tiny.video(2), " ", **settings)
+        pair.request(tiny.video(2), "What?", **settings)
+
+
+def test_times_are_measured_once_and_leave_nothing_behind():
+    pair = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "draft"))
+    settings = {"max_new_tokens": 12, "ignore_eos": True}
+    first = pair.generate(tiny.video(6), PROMPT, **settings)
+    again = pair.generate(tiny.video(6), PROMPT, **settings)
+    assert first.seconds["calibrate"] > 0 == again.seconds["calibrate"]
+    assert first.token_ids == again.token_ids
+    longer = pair.generate(tiny.video(6), PROMPT + " red ball" * 300, **settings)
+    assert longer.seconds["calibrate"] > 0  # another bucket of lengths
+
+
+def test_measured_costs_grow_with_the_rows(pair):
+    start = pair.prefill(pair.request(tiny.video(6), PROMPT))
+    length = start.session.length
+    drafter = create(pair.config.draft, None, pair.target)
+    costs = measure(start.session, drafter, [tree.chain(3)])
+    assert start.session.length == length == start.session.cache.length
+    assert costs.verify[1] > 0
+    assert set(costs.verify) <= {*FREE_SIZES, *GRAPH_SIZES}
+
+
+def test_decisions_are_explained_by_stretches():
+    shape = Choice(Shape(5, 4, 15), 3.4, 31.2, 17.4)
+    probe = Choice(Shape(1, 1, 1), 1.1, 22.0, 17.4, is_probe=True)
+    plain = Choice(PLAIN, 1.0, 17.4, 17.4, best_ms=19.0, probe_in=12)
+    text = explain([Decision(shape, 4), Decision(shape, 2), Decision(plain, 1), Decision(probe, 2)])
+    assert text.splitlines() == [
+        "passes 1-2: 15 nodes, depth 5: 3.4 tokens in 31.2 ms, 9.2 ms a token (plain 17.4); came: 3.0",
+        "pass 3: plain: the best tree would take 19.0 ms a token (plain 17.4); next probe in 12 tokens",
+        "pass 4: probe: 1 node, depth 1: 1.1 tokens in 22.0 ms, 20.0 ms a token (plain 17.4); came: 2.0",
+    ]
+    assert explain([]) == "nothing was drafted: the text ended with its first token"
+    assert Decision(plain, 1).to_dict()["nodes"] == 0
+
+
+def test_what_was_learnt_is_handed_to_the_next_request():
+    pair = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "draft"))
+    pair.generate(tiny.video(4), PROMPT, max_new_tokens=20, ignore_eos=True)
+    [known] = pair._acceptance.values()
+    assert isinstance(known, Acceptance)
+    pair.generate(tiny.video(4), PROMPT, max_new_tokens=20, ignore_eos=True, policy="fixed")
+    assert list(pair._acceptance.values()) == [known]
+
+
+def test_formats_are_those_of_the_kernels():
+    assert quant.FORMATS == ("fp8", "int8", "int4")
