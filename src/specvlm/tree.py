@@ -108,9 +108,6 @@ def from_paths(paths: Iterable[str]) -> Tree:
             raise ConfigError(f"tree path {path!r} is not allowed: a path is a row of digits and stands once")
         if path[:-1] not in index:
             raise ConfigError(f"tree path {path!r} has no parent: add {path[:-1]!r}")
-        elder = f"{path[:-1]}{int(path[-1]) - 1}"
-        if path[-1] != "0" and elder not in index:  # sampling draws siblings one after another and skips none
-            raise ConfigError(f"tree path {path!r} has no elder sibling: add {elder!r}")
         index[path] = node
         parents.append(index[path[:-1]])
     return Tree(tuple(parents), tuple(int(path[-1]) for path in ordered))
