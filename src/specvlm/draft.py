@@ -113,11 +113,15 @@ def check(config: DraftConfig) -> None:
     """Refuse what no drafter can serve.
 
     Raises:
-        ConfigError: there is no drafter of that name (the known are listed), no such tree or no such policy.
+        ConfigError: there is no drafter of that name (the known are listed), no such tree or no such policy, or one
+            pass cannot verify the tree and the looked-up tokens.
     """
     if config.drafter not in DRAFTERS:
         raise ConfigError(f"drafter={config.drafter!r} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
-    tree.parse(config.tree)
+    most = tree.MAX_NODES - len(tree.parse(config.tree))
+    if config.lookup_tokens > most:
+        allowed = f"at most {most} beside tree={config.tree!r}: a pass verifies {tree.MAX_NODES}"
+        raise ConfigError(f"lookup_tokens={config.lookup_tokens} is not allowed: {allowed}")
     if config.policy is not None:
         policy.check(config.policy)
 
@@ -153,7 +157,7 @@ class LookupDrafter(Drafter):
     """Proposes what followed the newest tokens when prompt or text held them before: no model, no memory."""
 
     def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
-        self._static = None if isinstance(tree.parse(config.tree), Shape) else tree.parse(config.tree)
+        self._most = 31 if config.tree == "dynamic" else tree.parse(config.tree).depth
         self._proposed: list[int] = []
 
     def begin(self, context: Context) -> None:
@@ -164,8 +168,8 @@ class LookupDrafter(Drafter):
         self._lookup.extend(prompt.input_ids.tolist())
 
     def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
-        """Return chains of any prepared length."""
-        return [tree.chain(size - 1) for size in sizes if 1 < size <= 32]
+        """Return chains of any prepared length, none longer than the tree that was asked for is deep."""
+        return [tree.chain(length) for length in sorted({min(size - 1, self._most) for size in sizes} - {0})]
 
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
         """Propose one chain, as long as the tree is deep."""
@@ -238,8 +242,12 @@ class ModelDrafter(Drafter):
         return self._context.sampling.max_new_tokens + 2 * tree.MAX_NODES
 
     def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
-        """Return dynamic trees of any prepared size, or the one static tree that was asked for."""
-        return policy.shapes(8, 63, sizes) if isinstance(self._parsed, Shape) else [self._parsed]
+        """Return dynamic trees of any prepared size within the bounds that were asked for, or the one static tree."""
+        if not isinstance(self._parsed, Shape):
+            return [self._parsed]
+        if self._config.tree == "dynamic":
+            return policy.shapes(8, 63, sizes)
+        return [self._parsed, *policy.shapes(self._parsed.depth, self._parsed.nodes, sizes)]
 
     @torch.inference_mode()
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
@@ -424,4 +432,6 @@ class SelfDrafter(ModelDrafter):
         self._attention = (self._attention + watched.mean) / 2
         keep = select(self._attention, prompt.grid, prompt.visual_id, context.prune)
         source, place = prompt.visual_index[keep], self._pruned.visual_index
+        if len(source) != len(place):  # a pruner may keep fewer than it is asked for
+            return
         self._session.workspace.storage[:, :, :, place] = context.session.workspace.storage[:, :, :, source]

@@ -33,7 +33,7 @@ from specvlm.tree import PLAIN
 from specvlm.upload import upload
 
 DEFAULT_PROMPT = "Describe the video in detail."
-_MODEL_FREE = ("none", "lookup")  # drafters that need no draft model
+_MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,9 @@ class SpecVLM:
         if draft_device is not None and draft == "self":
             raise ConfigError(f"draft_device={draft_device!r} is not allowed for self-drafting: leave it out")
         if draft_quant is not None:
+            if drafter == "self" and draft not in ("self", target):
+                problem = f"draft_quant={draft_quant!r} is not allowed for self-drafting beside draft={draft!r}"
+                raise ConfigError(f"{problem}: leave the draft out")
             check_quant(draft_quant, resolve_device(draft_device or device))
         loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype, watch=watch)
         if draft is None:
