@@ -5,7 +5,7 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, model, tree
+from specvlm import ConfigError, SpecVLM, model, prune, tree
 from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
 from specvlm.draft import DraftWarning, create
 from specvlm.engine import bundled
@@ -181,6 +181,8 @@ def test_a_quantisation_without_a_kernel_is_refused_before_anything_is_loaded():
         SpecVLM.from_pretrained("no/such/model", draft="self", draft_quant="int2", device="cpu")
     with pytest.raises(ConfigError, match="draft_quant='int8' is not allowed without a draft"):
         SpecVLM.from_pretrained("no/such/model", draft_quant="int8", device="cpu")
+    with pytest.raises(ConfigError, match="for self-drafting beside another draft: leave draft='other' out"):
+        SpecVLM.from_pretrained("no/such/model", draft="other", drafter="self", draft_quant="int8", device="cpu")
     with pytest.raises(ConfigError, match="draft_device='cpu' is not allowed for self-drafting"):
         SpecVLM.from_pretrained("no/such/model", draft="self", draft_device="cpu", device="cpu")
 
@@ -191,7 +193,9 @@ def test_a_pair_is_loaded_as_it_was_asked_for():
     assert (own.draft.quant, own.target.quant) == ("int8", None)
     assert own.config.draft.drafter == "self"
     assert SpecVLM.from_pretrained(drafter="lookup", device="cpu").draft is None
-    assert SpecVLM.from_pretrained(drafter="self", device="cpu").draft.hf is not None
+    own = SpecVLM.from_pretrained(drafter="self", draft_quant="int8", device="cpu")
+    assert own.draft.hf is own.target.hf
+    assert own.models["draft_quant"] == "int8"
     same = bundled("target")
     assert SpecVLM.from_pretrained(same, draft=same, draft_quant="int8", device="cpu").draft.quant == "int8"
 
@@ -250,3 +254,40 @@ def test_what_was_learnt_is_handed_to_the_next_request():
 
 def test_formats_are_those_of_the_kernels():
     assert quant.FORMATS == ("fp8", "int8", "int4")
+
+
+@pytest.mark.parametrize("spec", ["dynamic:127:16", "chain:100"])
+def test_a_pass_that_could_not_verify_the_looked_up_tokens_is_refused_beforehand(pair, spec):
+    most = 127 - len(tree.parse(spec))
+    with pytest.raises(ConfigError, match=f"lookup_tokens=32 is not allowed: at most {most} beside tree='{spec}'"):
+        pair.request(None, PROMPT, tree=spec, lookup_tokens=32)
+    pair.request(None, PROMPT, tree=spec, lookup_tokens=most)
+
+
+@pytest.mark.parametrize("sizes", [FREE_SIZES, GRAPH_SIZES])
+def test_a_policy_keeps_to_the_tree_that_was_named(pair, sizes):
+    def options(drafter, spec):
+        settings = pair.config.replace(drafter=drafter, tree=spec, policy="auto")
+        return create(settings.draft, pair.draft, pair.target).options(sizes)
+
+    bounded = options("model", "dynamic:8:2")
+    assert max(len(drafted) for drafted in bounded) in (7, 8)
+    assert max(drafted.depth for drafted in bounded) == 2
+    assert options("model", "dynamic:1:1") == [Shape(1, 1, 1)]
+    assert options("model", "paper") == [tree.parse("paper")]
+    assert [len(drafted) for drafted in options("lookup", "chain:2")] == [1, 2]
+    assert max(len(drafted) for drafted in options("lookup", "dynamic")) == 31
+
+
+def test_a_pruner_that_keeps_fewer_later_leaves_the_kept_tokens_as_they_are(monkeypatch):
+    pair, calls = SpecVLM(load("qwen2_5_vl", "target")), []
+
+    def fickle(scores, grid, count):
+        calls.append(count)
+        return scores.topk(max(1, count - len(calls))).indices
+
+    monkeypatch.setitem(prune.PRUNERS, "fickle", fickle)
+    settings = {"drafter": "self", "keep_ratio": 0.5, "pruner": "fickle", "tree": "chain:3", "max_new_tokens": 12}
+    answer = pair.generate(tiny.video(6), PROMPT, refresh=1, **settings)
+    assert len(calls) > 2
+    assert answer.token_ids == pair.generate(tiny.video(6), PROMPT, drafter="none", max_new_tokens=12).token_ids

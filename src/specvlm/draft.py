@@ -245,9 +245,8 @@ class ModelDrafter(Drafter):
         """Return dynamic trees of any prepared size within the bounds that were asked for, or the one static tree."""
         if not isinstance(self._parsed, Shape):
             return [self._parsed]
-        if self._config.tree == "dynamic":
-            return policy.shapes(8, 63, sizes)
-        return [self._parsed, *policy.shapes(self._parsed.depth, self._parsed.nodes, sizes)]
+        bounds = (8, 63) if self._config.tree == "dynamic" else (self._parsed.depth, self._parsed.nodes)
+        return policy.shapes(*bounds, sizes)
 
     @torch.inference_mode()
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
@@ -432,6 +431,5 @@ class SelfDrafter(ModelDrafter):
         self._attention = (self._attention + watched.mean) / 2
         keep = select(self._attention, prompt.grid, prompt.visual_id, context.prune)
         source, place = prompt.visual_index[keep], self._pruned.visual_index
-        if len(source) != len(place):  # a pruner may keep fewer than it is asked for
-            return
-        self._session.workspace.storage[:, :, :, place] = context.session.workspace.storage[:, :, :, source]
+        if len(source) == len(place):  # a pruner may keep fewer than it is asked for
+            self._session.workspace.storage[:, :, :, place] = context.session.workspace.storage[:, :, :, source]

@@ -140,15 +140,16 @@ class SpecVLM:
                 raise ConfigError(f"{name}={value!r} is not allowed without a draft: name one")
         if draft_device is not None and draft == "self":
             raise ConfigError(f"draft_device={draft_device!r} is not allowed for self-drafting: leave it out")
+        is_same = draft is not None and os.fspath(draft) == os.fspath(target) and draft_device in (None, device)
+        is_shared = draft == "self" or is_same
         if draft_quant is not None:
-            if drafter == "self" and draft not in ("self", target):
-                problem = f"draft_quant={draft_quant!r} is not allowed for self-drafting beside draft={draft!r}"
-                raise ConfigError(f"{problem}: leave the draft out")
+            if drafter == "self" and not is_shared:  # it would be quantised and never asked
+                problem = f"draft_quant={draft_quant!r} is not allowed for self-drafting beside another draft"
+                raise ConfigError(f"{problem}: leave draft={str(draft)!r} out")
             check_quant(draft_quant, resolve_device(draft_device or device))
         loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype, watch=watch)
         if draft is None:
             return cls(loaded, None, config)
-        is_shared = draft == "self" or (os.fspath(draft) == os.fspath(target) and draft_device in (None, device))
         small = loaded
         if not is_shared:
             small = VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype, watch=watch)
