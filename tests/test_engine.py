@@ -355,7 +355,8 @@ def test_a_dynamic_tree_holds_the_likeliest_paths(spec):
             for rank, token in enumerate(probs.topk(4).indices.tolist()):
                 prob = float(probs[token])
                 among_equals = growth.TIE_BREAK * max(math.log(prob), growth.LEAST_LOG_PROB)
-                level[(*path, token)] = score + float(worth[rank, policy.bin_of(prob)]) + among_equals
+                place = sum(prob <= edge for edge in policy.BIN_EDGES)
+                level[(*path, token)] = score + float(worth[rank, place]) + among_equals
         found |= level
         running = sorted(level.items(), key=lambda item: -item[1])
     wanted = sorted(found.values(), reverse=True)[: shape.nodes]
