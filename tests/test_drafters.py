@@ -1,21 +1,25 @@
 """What drafters propose and refuse, beside the lossless matrix of test_engine.py."""
 
+from contextlib import contextmanager
+
 import pytest
 import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, model, prune, tree
+from specvlm import ConfigError, SpecVLM, model, policy, prune, tree
 from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
 from specvlm.draft import DraftWarning, create
 from specvlm.engine import bundled
 from specvlm.explain import explain
+from specvlm.graphs import Workspace
 from specvlm.growth import best, merged
 from specvlm.kernels import quant
 from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
 from specvlm.policy import PLAIN, Acceptance, Choice
 from specvlm.report import Decision
+from specvlm.session import FusedSession
 from specvlm.tree import Shape
 from specvlm.verify import Draft
 
@@ -291,3 +295,36 @@ def test_a_pruner_that_keeps_fewer_later_leaves_the_kept_tokens_as_they_are(monk
     answer = pair.generate(tiny.video(6), PROMPT, refresh=1, **settings)
     assert len(calls) > 2
     assert answer.token_ids == pair.generate(tiny.video(6), PROMPT, drafter="none", max_new_tokens=12).token_ids
+
+
+def test_the_time_of_every_capture_is_told_apart(monkeypatch):
+    """Else the first round of a shape would pass for what all of its rounds take. Graphs are run eagerly here."""
+    monkeypatch.setattr(FusedSession, "is_captured", property(lambda session: True))
+    found = []
+
+    def run(workspace, key, function):
+        if key not in workspace._graphs:
+            workspace._graphs[key] = None
+            found.append((key, request.seconds._is_capturing))
+        return function()
+
+    @contextmanager
+    def stage(name, *devices):
+        before, request.seconds._is_capturing = request.seconds._is_capturing, name == "capture"
+        yield
+        request.seconds._is_capturing = before
+
+    monkeypatch.setattr(Workspace, "run", run)
+    draft = VideoLM.from_pretrained(tiny.checkpoint("qwen2_5_vl", "draft"), device="cpu")
+    pair = SpecVLM(VideoLM.from_pretrained(tiny.checkpoint("qwen2_5_vl", "target"), device="cpu"), draft)
+    choices = [PLAIN, PLAIN, PLAIN, Shape(2, 4, 7), Shape(2, 4, 3), PLAIN, PLAIN, Shape(3, 1, 3)]
+    request = pair.request(tiny.video(4), PROMPT, policy="fixed", ignore_eos=True)
+    request.seconds._is_capturing, request.seconds.stage = False, stage
+    shapes = iter(choices)
+    monkeypatch.setattr(policy.Fixed, "choose", lambda self, left: Choice(next(shapes), 1.0, 1.0, 1.0))
+    rounds = pair.rounds(request)
+    for _ in range(1 + len(choices)):
+        next(rounds)
+    kinds = {key[0] for key, _ in found}
+    assert kinds == {"rows", "head", "level", "nodes"}
+    assert all(is_capturing for _, is_capturing in found), found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from specvlm.session import Session
 from specvlm.tree import Rows, Shape, Tree
 from specvlm.upload import staged, upload
 from specvlm.verify import Accepted, Draft
+
+T = TypeVar("T")
 
 
 class DraftWarning(UserWarning):
@@ -271,7 +275,7 @@ class ModelDrafter(Drafter):
     def _grown(self, drafted: Shape | Tree) -> Draft:
         """Run a round's passes; return the tree."""
         self._catch_up()
-        session, space = self._session, self._session.workspace
+        space = self._session.workspace
         space.tokens[: len(HEAD)].copy_(staged(self._pending, self.device), non_blocking=True)
         if not self._chooser.is_greedy:
             self._clock.copy_(staged((self._count, self._sampling.seed or 0), self.device), non_blocking=True)
@@ -283,8 +287,7 @@ class ModelDrafter(Drafter):
         self._run(("head", key), partial(self._head, growth))
         for level in range(1, drafted.depth):
             self._run(("level", key, level), partial(self._level, growth, level))
-        found: Draft = session.run(("nodes", key, drafted), lambda: growth.nodes(drafted))
-        return found
+        return self._run(("nodes", key, drafted), lambda: growth.nodes(drafted))
 
     def _growth_key(self, drafted: Shape | Tree) -> Hashable:
         """Return what the fixed tensors of a round depend on: of a shape, its width alone."""
@@ -294,13 +297,14 @@ class ModelDrafter(Drafter):
         deepest = replace(drafted, depth=tree.MAX_DEPTH) if isinstance(drafted, Shape) else drafted
         return Growth(deepest, self._worth, self.device)
 
-    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Run a pass, on a GPU as a graph that is captured the first time."""
-        if self._session.is_captured and not self._session.workspace.has(key):
-            with self._context.seconds.stage("capture", self.device):
-                self._session.run(key, function)
-        else:
-            self._session.run(key, function)
+    def _run(self, key: Hashable, function: Callable[[], T]) -> T:
+        """Run a part of a round, on a GPU as a graph that is captured the first time."""
+        with self._capturing(is_ready=not self._session.is_captured or self._session.workspace.has(key)):
+            return self._session.run(key, function)
+
+    def _capturing(self, *, is_ready: bool) -> AbstractContextManager[None]:
+        """Count the time of what is not ready as that of a capture, which says nothing about a round's."""
+        return nullcontext() if is_ready else self._context.seconds.stage("capture", self.device)
 
     def _level(self, growth: Growth, level: int) -> None:
         self._offer(growth, level, *growth.run_next(level))
@@ -366,7 +370,8 @@ class ModelDrafter(Drafter):
             part, older = older[: tree.MAX_NODES + 1], older[tree.MAX_NODES + 1 :]
             size = 1 << (len(part) - 1).bit_length() if self._session.is_captured else len(part)  # few graphs
             tokens = upload([*part, *[part[-1]] * (size - len(part))], self.device)
-            self._session.step(tokens.clamp_max(self._model.vocab_size - 1), range(-1, size - 1))
+            with self._capturing(is_ready=self._session.is_ready(size)):
+                self._session.step(tokens.clamp_max(self._model.vocab_size - 1), range(-1, size - 1))
             self._session.keep(range(len(part)))
         self._pending = self._pending[-len(HEAD) :]
 
