@@ -41,7 +41,7 @@ class Round:
     """What one target pass added. The first comes from the prefill and drafts nothing."""
 
     token_ids: tuple[int, ...]  # new tokens of the text, the bonus token last, cut where the text ends
-    draft: verify.Draft  # what was proposed
+    draft: verify.Draft  # what was proposed; on a GPU the next round overwrites its tensors
     accepted: verify.Accepted  # what of it the target agreed with
     finish_reason: str | None  # on the last round: "stop" (end-of-sequence token) or "length"
 
