@@ -19,7 +19,8 @@ FREE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 26, 32)
 _TIMED = {True: (1, 4, 16, 32, 64), False: (1, 6, 20)}
 _WIDTHS = (1, 4, 8)
 _DEPTH = 3
-_REPEATS = 2
+_RUNS = {True: 3, False: 2}  # of each; a GPU's first one captures graphs
+_LEAST_LEVEL = 0.3  # of a round's first pass: what noise may not undercut
 
 
 def sizes(session: Session) -> tuple[int, ...]:
@@ -35,7 +36,8 @@ def measure(session: Session, drafter: Drafter, options: Sequence[Shape | Tree])
         drafter: begun.
         options: what may be drafted.
     """
-    devices = {session.model.device, drafter.device}
+    devices, is_captured = {session.model.device, drafter.device}, session.is_captured
+    time_of = partial(_ms, devices=devices, runs=_RUNS[is_captured])
     tokens = session.workspace.tokens
 
     def verify(count: int) -> Callable[[], None]:
@@ -45,34 +47,28 @@ def measure(session: Session, drafter: Drafter, options: Sequence[Shape | Tree])
 
         return run
 
-    target = {count: _ms(verify(count), devices) for count in _TIMED[session.is_captured]}
-    if not any(isinstance(option, Shape) for option in options):
-        return Costs(target, *_static(drafter, options, devices))
-    first = _ms(lambda: drafter.rehearse(Shape(1, 1, 3)), devices)
-    rounds = {width: _ms(partial(drafter.rehearse, Shape(_DEPTH, width, 7)), devices) for width in _WIDTHS}
-    return Costs(target, first, {width: max((ms - first) / (_DEPTH - 1), 0.0) for width, ms in rounds.items()})
+    target = {count: time_of(verify(count)) for count in _TIMED[is_captured]}
+    if not any(isinstance(option, Shape) for option in options):  # a pass costs what the mean pass does
+        deepest = max(options, key=lambda option: option.depth)
+        mean = time_of(partial(drafter.rehearse, deepest)) / deepest.depth
+        return Costs(target, mean, {1: mean})
+    first = time_of(partial(drafter.rehearse, Shape(1, 1, 3)))
+    rounds = {width: time_of(partial(drafter.rehearse, Shape(_DEPTH, width, 7))) for width in _WIDTHS}
+    levels = {width: max((ms - first) / (_DEPTH - 1), _LEAST_LEVEL * first) for width, ms in rounds.items()}
+    return Costs(target, first, levels)
 
 
-def _static(
-    drafter: Drafter, options: Sequence[Shape | Tree], devices: set[torch.device]
-) -> tuple[float, dict[int, float]]:
-    """Return first and level of drafters that draft static trees only: a pass costs what the mean pass does."""
-    deepest = max(options, key=lambda option: option.depth)
-    ms = _ms(lambda: drafter.rehearse(deepest), devices) / deepest.depth
-    return ms, {1: ms}
-
-
-def _ms(action: Callable[[], None], devices: set[torch.device]) -> float:
-    """Return the least milliseconds of an action, to the end of the devices' work; it runs once before.
+def _ms(action: Callable[[], None], devices: set[torch.device], runs: int) -> float:
+    """Return the least milliseconds of an action over some runs, to the end of the devices' work.
 
     Whatever else a machine does makes a run longer, never shorter.
     """
     times = []
-    for _ in range(1 + _REPEATS):
+    for _ in range(runs):
         begin = time.perf_counter()
         action()
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         times.append(1e3 * (time.perf_counter() - begin))
-    return min(times[1:])
+    return min(times)
