@@ -237,14 +237,18 @@ def test_decisions_are_explained_by_stretches():
     shape = Choice(Shape(5, 4, 15), 3.4, 31.2, 17.4)
     probe = Choice(Shape(1, 1, 1), 1.1, 22.0, 17.4, is_probe=True)
     plain = Choice(PLAIN, 1.0, 17.4, 17.4, best_ms=19.0, probe_in=12)
-    text = explain([Decision(shape, 4), Decision(shape, 2), Decision(plain, 1), Decision(probe, 2)])
+    text = explain(
+        [Decision(shape, 15, 4), Decision(shape, 15, 2), Decision(plain, 0, 1), Decision(probe, 1, 2)]
+        + [Decision(shape, 0, 1)] * 2
+    )
     assert text.splitlines() == [
         "passes 1-2: 15 nodes, depth 5: 3.4 tokens in 31.2 ms, 9.2 ms a token (plain 17.4); came: 3.0",
         "pass 3: plain: the best tree would take 19.0 ms a token (plain 17.4); next probe in 12 tokens",
         "pass 4: probe: 1 node, depth 1: 1.1 tokens in 22.0 ms, 20.0 ms a token (plain 17.4); came: 2.0",
+        "passes 5-6: plain: the drafter had nothing to propose",
     ]
     assert explain([]) == "nothing was drafted: the text ended with its first token"
-    assert Decision(plain, 1).to_dict()["nodes"] == 0
+    assert Decision(plain, 0, 1).to_dict()["nodes"] == 0
 
 
 def test_what_was_learnt_is_handed_to_the_next_request():

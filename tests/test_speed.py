@@ -408,7 +408,7 @@ def test_drafts_are_grouped_by_their_layers_and_the_smaller_model_as_it_is_comes
 
 
 def decision(drafted, num_tokens=1, is_probe=False):
-    return Decision(Choice(drafted, 1.0, 1.0, 1.0, is_probe), num_tokens)
+    return Decision(Choice(drafted, 1.0, 1.0, 1.0, is_probe), len(drafted), num_tokens)
 
 
 DEEP, SHALLOW = Shape(4, 4, 16), Shape(1, 1, 3)

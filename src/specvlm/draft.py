@@ -163,10 +163,11 @@ class LookupDrafter(Drafter):
     def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
         self._most = 31 if config.tree == "dynamic" else tree.parse(config.tree).depth
         self._proposed: list[int] = []
+        self._chains: dict[int, Draft] = {}  # by length, on the target's device
 
     def begin(self, context: Context) -> None:
         """Index the prompt's words."""
-        prompt = context.prompt
+        prompt, self.device = context.prompt, context.target.device
         placeholders = set(prompt.input_ids[prompt.visual_index].tolist())
         self._lookup = Lookup(placeholders)
         self._lookup.extend(prompt.input_ids.tolist())
@@ -181,8 +182,11 @@ class LookupDrafter(Drafter):
         self._proposed = self._lookup.find(drafted.depth)
         if not self._proposed:
             return Draft.empty()
+        if drafted.depth not in self._chains:
+            self._chains[drafted.depth] = Draft.of([-1] * drafted.depth, range(-1, drafted.depth - 1), self.device)
         padding = [-1] * (drafted.depth - len(self._proposed))  # one size of pass, whatever was found
-        return Draft.of([*self._proposed, *padding], range(-1, drafted.depth - 1))
+        tokens = upload([*self._proposed, *padding], self.device)
+        return replace(self._chains[drafted.depth], tokens=tokens)
 
     def commit(self, accepted: Accepted) -> Sequence[Observation]:
         """Add what stands to the index."""
@@ -236,7 +240,7 @@ class ModelDrafter(Drafter):
     def _start(self, context: Context) -> tuple[Session, Prompt]:
         """Return a session of the draft that holds the pruned prompt, and that prompt."""
         model = self._model
-        prompt = context.prompt if model is context.target else model.encode(context.inputs)
+        prompt = context.prompt if model.hf is context.target.hf else model.encode(context.inputs)
         pruned = prompt.select(context.keep.to(model.device))
         session, _, _ = model.start(pruned, self._room, eager=context.eager)
         return session, pruned

@@ -274,7 +274,7 @@ class SpecVLM:
             chooser.learn(choice, observations, len(accepted.token_ids), ms)
             latest = ending.cut(draft, accepted)
             request.speculation.add(len(draft), latest.num_accepted)
-            request.decisions.append(Decision(choice, len(latest.token_ids)))
+            request.decisions.append(Decision(choice, len(draft), len(latest.token_ids)))
             if latest.finish_reason is not None and config.draft.is_adaptive:
                 self._acceptance[self._key_of(request)] = chooser.acceptance  # where the next request begins
             yield latest
@@ -320,7 +320,7 @@ class SpecVLM:
     def _key_of(request: Request) -> tuple[Hashable, ...]:
         """Return what times and acceptance of a loaded pair depend on, the length of the prompt left out."""
         config = request.config
-        return config.draft, config.prune, config.run, config.sampling.temperature, config.sampling.penalty
+        return config.draft, config.prune, config.run, config.sampling.law
 
     def stream(self, source: Any, prompt: str | None = None, **settings: Any) -> Iterator[Chunk]:
         """Yield the text as it is verified; the last chunk carries finish_reason.

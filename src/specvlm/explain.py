@@ -13,12 +13,21 @@ def explain(decisions: Sequence[Decision]) -> str:
     if not decisions:
         return "nothing was drafted: the text ended with its first token"
     lines, begin = [], 1
-    for _, group in groupby(decisions, key=lambda decision: (decision.choice.drafted, decision.choice.is_probe)):
+    for _, group in groupby(decisions, key=_kind):
         stretch = list(group)
         end = begin + len(stretch) - 1
         tokens = sum(decision.num_tokens for decision in stretch) / len(stretch)
         when = f"pass {begin}" if begin == end else f"passes {begin}-{end}"
-        came = f"; came: {tokens:.1f}" if len(stretch[0].choice.drafted) else ""
-        lines.append(f"{when}: {stretch[0].choice.explain()}{came}")
+        first = stretch[0]
+        came = f"; came: {tokens:.1f}" if first.num_drafted else ""
+        is_idle = len(first.choice.drafted) > 0 == first.num_drafted
+        lines.append(
+            f"{when}: {'plain: the drafter had nothing to propose' if is_idle else first.choice.explain()}{came}"
+        )
         begin = end + 1
     return "\n".join(lines)
+
+
+def _kind(decision: Decision) -> object:
+    """Return what rounds of one stretch share."""
+    return decision.choice.drafted, decision.choice.is_probe, decision.num_drafted > 0

@@ -125,6 +125,7 @@ class Decision:
     """What a target pass after the prefill was to verify, and what it added."""
 
     choice: Choice
+    num_drafted: int  # nodes that were proposed; 0 beside a choice of some: there was nothing to propose
     num_tokens: int  # new tokens of the text
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +134,7 @@ class Decision:
         ms, plain_ms = (None if math.isnan(value) else value for value in times)
         return {
             "nodes": len(choice.drafted),
+            "drafted": self.num_drafted,
             "depth": choice.drafted.depth,
             "is_probe": choice.is_probe,
             "expected_tokens": choice.expected_tokens,
