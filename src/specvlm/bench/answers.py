@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specvlm.bench.provenance import writable
+from specvlm.bench.provenance import written
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
 from specvlm.report import Generation
@@ -171,23 +171,12 @@ def _rounds(lines: Iterable[Mapping[str, Any]]) -> list[int]:
 
 
 def write(answers: Iterable[Answers], origin: Mapping[str, Any], out: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the answers as plain JSON types, each written to `out` as it comes, after a line of provenance.
+    """Return the answers as plain JSON types, each written to `out` as it comes, after a line of provenance.
 
     Raises:
         ConfigError: `out` cannot be written; found before anything is measured.
     """
-    file = writable(out) if out else None
-    try:
-        if file:
-            print(json.dumps(origin), file=file, flush=True)
-        for answer in answers:
-            content = answer.to_dict()
-            if file:
-                print(json.dumps(content), file=file, flush=True)
-            yield content
-    finally:
-        if file:
-            file.close()
+    return written(answers, out, origin)
 
 
 def read(names: Sequence[str]) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from specvlm.errors import ConfigError
 from specvlm.report import versions
@@ -45,3 +47,38 @@ def writable(name: str) -> TextIO:
         return open(name, "w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{name} cannot be written ({error.strerror}): give another file") from error
+
+
+class Result(Protocol):
+    """What is written as a line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        ...
+
+
+def written(
+    results: Iterable[Result], out: str | None, first: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield results as plain JSON types, each written to `out` as a line before the next is asked for.
+
+    Args:
+        results: made as they are asked for.
+        out: the file; None writes nothing.
+        first: a line of its own before them.
+
+    Raises:
+        ConfigError: `out` cannot be written; found before the first result is asked for.
+    """
+    file = writable(out) if out else None
+    try:
+        if file and first is not None:
+            print(json.dumps(first), file=file, flush=True)
+        for result in results:
+            content = result.to_dict()
+            if file:
+                print(json.dumps(content), file=file, flush=True)
+            yield content
+    finally:
+        if file:
+            file.close()

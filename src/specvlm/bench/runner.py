@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import warnings
@@ -15,7 +14,7 @@ import torch
 from specvlm.bench import vllm_plain
 from specvlm.bench.clips import reachable
 from specvlm.bench.hardware import gpu_name, read_rate
-from specvlm.bench.provenance import command_line, provenance, writable
+from specvlm.bench.provenance import command_line, provenance, written
 from specvlm.bench.speed import (
     END_TO_END_TOKENS,
     NO_QUANT,
@@ -143,18 +142,9 @@ def vllm_record(pair: str, visual_tokens: int, times: dict[str, Any], num_tokens
 
 
 def write(records: Iterable[Record], out: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the records as plain JSON types, each written to `out` as a line before the next is measured.
+    """Return the records as plain JSON types, each written to `out` as a line before the next is measured.
 
     Raises:
         ConfigError: `out` cannot be written; found before anything is measured.
     """
-    file = writable(out) if out else None
-    try:
-        for record in records:
-            content = record.to_dict()
-            if file:
-                print(json.dumps(content), file=file, flush=True)
-            yield content
-    finally:
-        if file:
-            file.close()
+    return written(records, out)
