@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from specvlm.draft import Drafter
-from specvlm.policy import Costs
+from specvlm.policy import WIDTHS, Costs
 from specvlm.session import Session
 from specvlm.tree import Shape, Tree
 
@@ -17,7 +17,6 @@ from specvlm.tree import Shape, Tree
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 FREE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 26, 32)
 _TIMED = {True: (1, 4, 16, 32, 64), False: (1, 6, 20)}
-_WIDTHS = (1, 4, 8)
 _DEPTH = 3
 _RUNS = {True: 3, False: 2}  # of each; a GPU's first one captures graphs
 _LEAST_LEVEL = 0.3  # of a round's first pass: what noise may not undercut
@@ -53,7 +52,7 @@ def measure(session: Session, drafter: Drafter, options: Sequence[Shape | Tree])
         mean = time_of(partial(drafter.rehearse, deepest)) / deepest.depth
         return Costs(target, mean, {1: mean})
     first = time_of(partial(drafter.rehearse, Shape(1, 1, 3)))
-    rounds = {width: time_of(partial(drafter.rehearse, Shape(_DEPTH, width, 7))) for width in _WIDTHS}
+    rounds = {width: time_of(partial(drafter.rehearse, Shape(_DEPTH, width, 7))) for width in WIDTHS}
     levels = {width: max((ms - first) / (_DEPTH - 1), _LEAST_LEVEL * first) for width, ms in rounds.items()}
     return Costs(target, first, levels)
 

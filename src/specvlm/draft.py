@@ -156,6 +156,13 @@ class NoDrafter(Drafter):
         return Draft.empty()
 
 
+def _words_of(prompt: Prompt) -> Lookup:
+    """Return the index of a prompt's words, over whose visual tokens no match reaches."""
+    words = Lookup(set(prompt.input_ids[prompt.visual_index].tolist()))
+    words.extend(prompt.input_ids.tolist())
+    return words
+
+
 @drafter("lookup")
 class LookupDrafter(Drafter):
     """Proposes what followed the newest tokens when prompt or text held them before: no model, no memory."""
@@ -167,10 +174,8 @@ class LookupDrafter(Drafter):
 
     def begin(self, context: Context) -> None:
         """Index the prompt's words."""
-        prompt, self.device = context.prompt, context.target.device
-        placeholders = set(prompt.input_ids[prompt.visual_index].tolist())
-        self._lookup = Lookup(placeholders)
-        self._lookup.extend(prompt.input_ids.tolist())
+        self.device = context.target.device
+        self._lookup = _words_of(context.prompt)
 
     def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
         """Return chains of any prepared length, none longer than the tree that was asked for is deep."""
@@ -212,7 +217,7 @@ class ModelDrafter(Drafter):
         self.device = model.device
         self._config = config
         self._parsed = tree.parse(config.tree)
-        self._extra = Lookup()
+        self._lookup: Lookup | None = None  # beside the model, where tokens of it were asked for
         self._drafted: Shape | Tree = tree.PLAIN
         self._num_nodes = 0
 
@@ -231,11 +236,9 @@ class ModelDrafter(Drafter):
         seen = verify.seen_in(context.prompt.input_ids.to(model.device), model.vocab_size)
         self._seen: Tensor = own("seen", lambda: torch.empty_like(seen)).copy_(seen)
         self._clock: Tensor = own("clock", lambda: torch.zeros(2, dtype=torch.int64, device=model.device))
-        bins = (tree.NUM_RANKS, len(policy.BIN_EDGES) + 1)
+        bins = (tree.NUM_RANKS, policy.NUM_BINS)
         self._worth: Tensor = own("worth", lambda: torch.zeros(bins, device=model.device))
-        if self._config.lookup_tokens:
-            self._extra = Lookup(set(context.prompt.input_ids[context.prompt.visual_index].tolist()))
-            self._extra.extend(context.prompt.input_ids.tolist())
+        self._lookup = _words_of(context.prompt) if self._config.lookup_tokens else None
 
     def _start(self, context: Context) -> tuple[Session, Prompt]:
         """Return a session of the draft that holds the pruned prompt, and that prompt."""
@@ -265,7 +268,7 @@ class ModelDrafter(Drafter):
             return Draft.empty(self.device)
         draft = self._grown(drafted)
         self._num_nodes = len(draft)
-        if self._config.lookup_tokens and (found := self._extra.find(self._config.lookup_tokens)):
+        if self._lookup is not None and (found := self._lookup.find(self._config.lookup_tokens)):
             padding = [-1] * (self._config.lookup_tokens - len(found))
             draft = merged(draft, [*found, *padding], self.device)
         return draft
@@ -274,7 +277,8 @@ class ModelDrafter(Drafter):
         self._pending.append(token)
         self._count += 1
         self._see([token])
-        self._extra.extend([token])
+        if self._lookup is not None:
+            self._lookup.extend([token])
 
     def _grown(self, drafted: Shape | Tree) -> Draft:
         """Run a round's passes; return the tree."""
@@ -343,7 +347,8 @@ class ModelDrafter(Drafter):
         """Keep the rows of the accepted path but its last token, which opens the next round."""
         words = accepted.token_ids[:-1]
         self._see(words)
-        self._extra.extend(words)
+        if self._lookup is not None:
+            self._lookup.extend(words)
         self._count += len(words)
         if not len(self._drafted):
             return ()

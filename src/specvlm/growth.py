@@ -78,10 +78,8 @@ class Growth:
         self.sees = torch.zeros(self.num_rows, self.num_rows, dtype=torch.bool, device=device)
         self.sees[: len(HEAD), : len(HEAD)] = torch.ones(len(HEAD), len(HEAD)).tril().bool()
         self.row_tokens = numbers(self.num_rows)
-        self._running = [
-            numbers(1) - 1,
-            *map(numbers, self._passes[1:]),
-        ]  # candidates that each pass runs; -1: the root
+        # candidates that each pass runs; -1: the root
+        self._running = [numbers(1) - 1, *map(numbers, self._passes[1:])]
         self._eyes = [torch.eye(rows, dtype=torch.bool, device=device) for rows in self._passes]
         self._chosen: Tensor | None = None  # of a static tree: the candidate of each node
         if self._tree is not None:
