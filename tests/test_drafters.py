@@ -8,6 +8,7 @@ import torch
 from conftest import load
 
 from specvlm import ConfigError, SpecVLM, model, policy, prune, tree
+from specvlm.account import Decision
 from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
 from specvlm.draft import DraftWarning, create
 from specvlm.engine import bundled
@@ -18,7 +19,6 @@ from specvlm.kernels import quant
 from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
 from specvlm.policy import PLAIN, Acceptance, Choice
-from specvlm.report import Decision
 from specvlm.session import FusedSession
 from specvlm.tree import Shape
 from specvlm.verify import Draft

@@ -13,10 +13,10 @@ import torch
 from conftest import load
 
 from specvlm import ConfigError, SpecVLM, UnsupportedModel, growth, policy, prune, tree, verify
+from specvlm.account import Seconds
 from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
-from specvlm.report import Seconds
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -504,7 +504,7 @@ def test_the_account_adds_up(pair):
 
 def test_a_stage_within_a_stage_is_counted_once(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("specvlm.report.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("specvlm.account.time.perf_counter", lambda: next(clock))
     seconds = Seconds()
     with seconds.stage("decode"):  # from 1
         with seconds.stage("capture"):  # from 2 to 3

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from specvlm import ConfigError, SpecVLM, cli
+from specvlm.account import Decision
 from specvlm.bench import (
     answers,
     choices,
@@ -38,7 +39,6 @@ from specvlm.errors import CapacityError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import QuantWeight, dequantize
 from specvlm.policy import Auto, Choice, Costs
-from specvlm.report import Decision
 from specvlm.tree import PLAIN, Shape, parse
 
 PAIRS = ("qwen2.5-vl-32b/7b", "qwen3-vl-8b/2b", "llava-onevision-7b/0.5b")

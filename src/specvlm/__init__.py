@@ -7,9 +7,9 @@ from specvlm.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfi
 from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
 
 if TYPE_CHECKING:
+    from specvlm.account import Generation
     from specvlm.engine import Request, Round, SpecVLM
     from specvlm.prune import pruner
-    from specvlm.report import Generation
     from specvlm.text import Chunk
     from specvlm.video import Frames
 
@@ -36,7 +36,7 @@ __all__ = [
 _HEAVY = {  # names whose module imports torch: 3 to 5 seconds, which `specvlm --help` need not wait for
     "Chunk": "text",
     "Frames": "video",
-    "Generation": "report",
+    "Generation": "account",
     "Request": "engine",
     "Round": "engine",
     "SpecVLM": "engine",

@@ -25,8 +25,8 @@ from specvlm.config import EngineConfig
 from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError
 
 if TYPE_CHECKING:
+    from specvlm.account import Generation
     from specvlm.engine import SpecVLM
-    from specvlm.report import Generation
     from specvlm.text import Chunk
 
 PARTS: dict[str, Any] = get_type_hints(EngineConfig)  # "video" -> VideoConfig, ...

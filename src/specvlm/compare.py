@@ -8,9 +8,9 @@ from itertools import zip_longest
 from typing import Any
 
 from specvlm import video
+from specvlm.account import Generation
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
-from specvlm.report import Generation
 
 WARM_UP_TOKENS = 8
 

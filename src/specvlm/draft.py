@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specvlm import attention, policy, tree, verify
+from specvlm.account import Seconds
 from specvlm.config import DraftConfig, PruneConfig, SamplingConfig
 from specvlm.errors import ConfigError
 from specvlm.families import Inputs, Prompt
@@ -21,7 +22,6 @@ from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
 from specvlm.policy import Acceptance, Observation
 from specvlm.prune import select
-from specvlm.report import Seconds
 from specvlm.session import Session
 from specvlm.tree import Rows, Shape, Tree
 from specvlm.upload import staged, upload

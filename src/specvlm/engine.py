@@ -20,13 +20,13 @@ from torch import Tensor
 
 from specvlm import costs, prune, tree, verify, video
 from specvlm import draft as drafting
+from specvlm.account import Decision, Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
 from specvlm.draft import Context, Drafter
 from specvlm.errors import CapacityError, ConfigError
 from specvlm.families import Inputs, Message, Prompt, parts, source_of
 from specvlm.model import VideoLM, check_pair, check_quant, resolve_device
 from specvlm.policy import Acceptance, Auto, Costs, Fixed, Policy
-from specvlm.report import Decision, Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.session import Session
 from specvlm.text import Chunk, TextStream
 from specvlm.tree import PLAIN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from specvlm.report import Decision
+from specvlm.account import Decision
 
 
 def explain(decisions: Sequence[Decision]) -> str:

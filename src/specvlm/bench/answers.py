@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specvlm.account import Generation
 from specvlm.bench.provenance import written
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
-from specvlm.report import Generation
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"drafter": "none"},

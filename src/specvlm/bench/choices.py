@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from specvlm.report import Decision
+from specvlm.account import Decision
 
 _MOST_SHAPES = 3
 

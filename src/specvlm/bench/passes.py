@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from specvlm.account import Decision, measure_peak, reset_peak
 from specvlm.bench.clips import PROMPT
 from specvlm.engine import Prefilled, SpecVLM
-from specvlm.report import Decision, measure_peak, reset_peak
 
 
 @dataclass(frozen=True)

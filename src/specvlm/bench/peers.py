@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from specvlm.account import measure_peak, reset_peak
 from specvlm.bench.passes import Pass, synchronize
 from specvlm.engine import Prefilled, SpecVLM
 from specvlm.graphs import on
 from specvlm.model import VideoLM
-from specvlm.report import measure_peak, reset_peak
 
 PEERS: dict[str, dict[str, Any]] = {
     "transformers-eager": {},

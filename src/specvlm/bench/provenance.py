@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from specvlm.account import versions
 from specvlm.errors import ConfigError
-from specvlm.report import versions
 
 
 def command_line() -> str:

@@ -52,6 +52,7 @@ from typing import Any, TypeVar
 import torch
 
 from specvlm import tree as trees_
+from specvlm.account import measure_peak, reset_peak
 from specvlm.bench import choices, passes, peers, planted, steps
 from specvlm.bench.choices import Change, Chosen
 from specvlm.bench.clips import PROMPT, clip
@@ -64,7 +65,6 @@ from specvlm.engine import Prefilled, SpecVLM
 from specvlm.errors import ConfigError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import FORMATS
-from specvlm.report import measure_peak, reset_peak
 from specvlm.session import Session
 from specvlm.tree import MAX_NODES
 
