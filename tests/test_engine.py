@@ -17,6 +17,7 @@ from specvlm.account import Seconds
 from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
+from specvlm.model import VideoLM
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -230,9 +231,10 @@ def test_several_videos_and_images_over_several_turns(pair):
     assert plain.token_ids == transformers_ids(pair, messages, None)
 
 
-def test_scores_are_the_eager_attention_of_the_text_rows(pair):
-    """Oracle: transformers' own eager attention maps of the whole prompt."""
-    request = pair.request(tiny.video(6), PROMPT)
+@pytest.mark.parametrize("eager", [False, True])
+def test_scores_are_the_eager_attention_of_the_text_rows(pair, eager):
+    """Oracle: transformers' own eager attention maps of the whole prompt, of all layers and rows or of some."""
+    request = pair.request(tiny.video(6), PROMPT, eager=eager)
     start = pair.prefill(request)
     hf, prompt = pair.target.hf, start.prompt
     hf.set_attn_implementation({"text_config": "eager"})
@@ -251,6 +253,15 @@ def test_scores_are_the_eager_attention_of_the_text_rows(pair):
     expected = maps[:, :, first:, :].mean((0, 1, 2))[prompt.visual_index]
     torch.testing.assert_close(start.scores, expected, rtol=0, atol=1e-6)
     assert start.scores.sum() > 0.01
+    for settings, layers, row in (
+        ({"score_layers": "0"}, [0], first),
+        ({"score_layers": "last"}, [-1], first),
+        ({"score_layers": "-1,0", "score_rows": "last"}, [0, -1], len(prompt) - 1),
+    ):
+        found = pair.prefill(pair.request(tiny.video(6), PROMPT, eager=eager, **settings)).scores
+        expected = maps[layers][:, :, row:, :].mean((0, 1, 2))[prompt.visual_index]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(found, start.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(start.logits, out.logits[0, -1], rtol=0, atol=1e-4)
 
 
@@ -270,6 +281,32 @@ def test_the_last_turn_can_score_alone(pair):
     everything = pair.prefill(pair.request(messages))
     assert not torch.allclose(everything.scores, start.scores)
     torch.testing.assert_close(everything.logits, start.logits, rtol=0, atol=1e-4)
+
+
+def test_a_layer_that_is_not_there_cannot_score(pair):
+    with pytest.raises(ConfigError, match=r"score_layers='0,9' is not allowed \(9\): layers 0 to"):
+        pair.request(None, score_layers="0,9")
+
+
+def test_repacked_positions_are_counted_anew_and_change_the_draft_alone(pair, monkeypatch):
+    keep = torch.tensor([1, 4, 5])
+    prompt = pair.prefill(pair.request(tiny.video(6), PROMPT)).prompt.select(keep)
+    packed = prompt.repacked()
+    assert packed.next_position == len(prompt)
+    for positions in packed.positions.reshape(-1, len(prompt)):
+        assert positions.tolist() == list(range(len(prompt)))
+    plain = pair.generate(tiny.video(6), PROMPT, max_new_tokens=LENGTH, drafter="none")
+    starts, start = [], VideoLM.start
+    monkeypatch.setattr(VideoLM, "start", lambda *args, **kwargs: starts.append(args[1]) or start(*args, **kwargs))
+    for positions in ("original", "repacked"):
+        answer = pair.generate(tiny.video(6), PROMPT, max_new_tokens=LENGTH, positions=positions, tree="chain:5")
+        assert answer.token_ids == plain.token_ids
+    target, original, other_target, repacked = starts
+    assert torch.equal(target.positions, other_target.positions)
+    assert original.next_position == target.next_position > len(original)
+    assert repacked.next_position == len(repacked) == len(original)
+    with pytest.raises(ConfigError, match="positions='repacked' is not allowed for self-drafting"):
+        pair.request(None, positions="repacked", drafter="self")
 
 
 def test_a_tree_pass_gives_what_its_paths_give_alone(pair):

@@ -7,11 +7,12 @@ the text model alone. A `Plan` travels to it through the forward call's keyword 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
@@ -49,11 +50,13 @@ class Scores:
     Args:
         visual_index: [V] int64, places of the visual tokens in the prompt.
         first: the first row of the prompt that scores; all behind it do. The visual tokens stand before it.
+        layers: the decoder layers that score; None is all of them.
     """
 
-    def __init__(self, visual_index: Tensor, first: int) -> None:
+    def __init__(self, visual_index: Tensor, first: int, layers: Collection[int] | None = None) -> None:
         self.visual_index = visual_index
         self.first = first
+        self._layers = layers
         self._total = torch.zeros(visual_index.shape[0], dtype=torch.float32, device=visual_index.device)
         self._count = 0
 
@@ -62,11 +65,13 @@ class Scores:
         """[V] float32: the attention a visual token gets, averaged over text rows, heads and layers."""
         return self._total / max(self._count, 1)
 
-    def add(self, query: Tensor, key: Tensor, scaling: float) -> None:
+    def add(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Add one layer of one chunk: query [1, H, q, d] of its rows, key [1, H_kv, keys, d] of all up to them.
 
         A row's weights are exact: the softmax runs over all keys that the row sees, and the visual share is kept.
         """
+        if self._layers is not None and layer not in self._layers:
+            return
         heads, num_rows, num_keys = query.shape[1], query.shape[2], key.shape[2]
         before = num_keys - num_rows
         begin = max(self.first - before, 0)
@@ -127,7 +132,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,7 +150,8 @@ def attend(
     plan = plan or Plan()
     if plan.scores is not None:
         count = query.shape[2] - 1 if plan.is_tree else 0  # of a tree, the root alone scores
-        plan.scores.add(query[:, :, : query.shape[2] - count], key[:, :, : key.shape[2] - count], scaling)
+        seen = key[:, :, : key.shape[2] - count]
+        plan.scores.add(int(module.layer_idx), query[:, :, : query.shape[2] - count], seen, scaling)
     mask = plan.mask(key.shape[2]) if attention_mask is None else attention_mask
     return masked(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
 

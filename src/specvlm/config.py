@@ -7,6 +7,7 @@ that the CLI shows.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import UnionType
@@ -100,8 +101,17 @@ class PruneConfig:
     per_visual: bool = _setting(False, "share the budget between videos and images in proportion to their tokens")
     score_rows: str = _setting(
         "text",
-        "text rows whose attention scores the visual tokens: all after the last visual, or those of the last user turn",
-        choices=("text", "last_turn"),
+        "text rows whose attention scores the visual tokens: all after the last visual, those of the last user turn, "
+        "or the prompt's last one",
+        choices=("text", "last_turn", "last"),
+    )
+    score_layers: str = _setting(
+        "all", "decoder layers that score: all, last, or numbers such as 0,2,-1 (negative ones count from the end)"
+    )
+    positions: str = _setting(
+        "original",
+        "positions of what the draft sees: those that the target gives it, or counted anew without what was pruned",
+        choices=("original", "repacked"),
     )
     prune_seed: int = _setting(0, "seed of the random pruner")
 
@@ -114,7 +124,12 @@ class PruneConfig:
         _require(0 <= self.focus <= 1, "focus", self.focus, "from 0 to 1")
         _require(self.spacing in ("grid", "sequence"), "spacing", self.spacing, "grid or sequence")
         _require(self.window in ("front", "middle", "back"), "window", self.window, "front, middle or back")
-        _require(self.score_rows in ("text", "last_turn"), "score_rows", self.score_rows, "text or last_turn")
+        known = ("text", "last_turn", "last")
+        _require(self.score_rows in known, "score_rows", self.score_rows, "text, last_turn or last")
+        is_list = re.fullmatch(r"-?\d+(,-?\d+)*", self.score_layers) is not None
+        allowed = "all, last, or numbers with commas between them"
+        _require(is_list or self.score_layers in ("all", "last"), "score_layers", self.score_layers, allowed)
+        _require(self.positions in ("original", "repacked"), "positions", self.positions, "original or repacked")
 
 
 @dataclass(frozen=True)

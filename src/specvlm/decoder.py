@@ -26,7 +26,8 @@ from specvlm.kernels.rope import rope_and_store
 from specvlm.kernels.tree_attention import is_served
 
 Weight = Tensor | QuantWeight
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
+# layer, query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Decoder:
                 eps=eps,
                 pdl=pdl,
             )
-            return attend(query, keys, values).flatten(1)
+            return attend(index, query, keys, values).flatten(1)
 
         if self._is_quantised and embeds.shape[0] <= MAX_ROWS:
             return self._short(embeds, attention)

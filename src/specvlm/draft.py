@@ -245,6 +245,8 @@ class ModelDrafter(Drafter):
         model = self._model
         prompt = context.prompt if model.hf is context.target.hf else model.encode(context.inputs)
         pruned = prompt.select(context.keep.to(model.device))
+        if context.prune.positions == "repacked":
+            pruned = pruned.repacked()
         session, _, _ = model.start(pruned, self._room, eager=context.eager)
         return session, pruned
 

@@ -170,6 +170,7 @@ class SpecVLM:
             ConfigError: a setting is unknown or not allowed.
         """
         config = self._in_force(_checked(self.config.replace(**settings)))
+        prune.scoring_layers(config.prune, self.target.num_layers)  # refuses a layer that is not there
         messages = source
         if not (isinstance(source, list | tuple) and source and isinstance(source[0], dict)):
             content = [{"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}]
@@ -220,7 +221,10 @@ class SpecVLM:
                 is_scored = drafting.kind(config.draft, self.draft).prunes and prune.needs_scores(config.prune)
             first = _first_score_row(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
-            session, logits, scores = target.start(prompt, room, score_from=first, eager=config.run.eager)
+            layers = prune.scoring_layers(config.prune, target.num_layers)
+            session, logits, scores = target.start(
+                prompt, room, score_from=first, score_layers=layers, eager=config.run.eager
+            )
         return Prefilled(inputs, prompt, session, logits, scores)
 
     def decode(
@@ -428,6 +432,9 @@ def _checked(config: EngineConfig) -> EngineConfig:
     """Return the config if its drafter, tree and pruner exist, before a model is loaded or a video read."""
     drafting.check(config.draft)
     prune.get(config.prune.pruner)
+    if config.draft.drafter == "self" and config.prune.positions == "repacked":
+        problem = "positions='repacked' is not allowed for self-drafting, which takes the target's own keys"
+        raise ConfigError(f"{problem}: leave it out, or draft with a model")
     return config
 
 
@@ -442,6 +449,8 @@ def _first_score_row(prompt: Prompt, target: VideoLM, config: EngineConfig) -> i
     first = int(prompt.visual_index[-1]) + 1
     if config.prune.score_rows == "last_turn":
         first = max(first, target.family.last_turn(prompt.input_ids))
+    if config.prune.score_rows == "last":
+        first = max(first, len(prompt) - 1)
     return first
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class VideoLM:
         language_model = hf.model.language_model
         self.decoder = Decoder(language_model) if is_supported(language_model, self.device) else None
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.kv_shape = (int(text.num_hidden_layers), int(text.num_key_value_heads), int(head_dim))  # layers, heads, d
+        self.num_layers = int(text.num_hidden_layers)
+        self.kv_shape = (self.num_layers, int(text.num_key_value_heads), int(head_dim))  # layers, heads, d
         self.quant: str | None = None  # format of the language layers' weights
         self.head: Weight = hf.lm_head.weight  # [vocab, D]
         self.dtype: torch.dtype = hf.lm_head.weight.dtype
@@ -103,7 +104,13 @@ class VideoLM:
 
     @torch.inference_mode()
     def start(
-        self, prompt: Prompt, max_new_rows: int, *, score_from: int | None = None, eager: bool = False
+        self,
+        prompt: Prompt,
+        max_new_rows: int,
+        *,
+        score_from: int | None = None,
+        score_layers: Collection[int] | None = None,
+        eager: bool = False,
     ) -> tuple[Session, Tensor, Tensor]:
         """Prefill a prompt and score its visual tokens on the way (SpecVLM, section 3.2).
 
@@ -115,6 +122,7 @@ class VideoLM:
             max_new_rows: room for new tokens and one tree, in rows.
             score_from: the first text row whose attention scores the visual tokens, behind the last of them; None
                 scores nothing.
+            score_layers: the decoder layers that score; None is all of them.
             eager: run the Hugging Face modules as they are, here and in the session's steps.
 
         Returns:
@@ -123,7 +131,7 @@ class VideoLM:
         session = self._session_type(eager)(self, prompt, len(prompt) + max_new_rows)
         if score_from is None:
             return session, session.prefill(prompt, None), torch.zeros(prompt.num_visual, device=self.device)
-        scores = attention.Scores(prompt.visual_index, score_from)
+        scores = attention.Scores(prompt.visual_index, score_from, score_layers)
         return session, session.prefill(prompt, scores), scores.mean
 
     @torch.inference_mode()

@@ -96,6 +96,21 @@ def shares(sizes: Sequence[int], budget: int) -> list[int]:
     return counts
 
 
+def scoring_layers(config: PruneConfig, num_layers: int) -> frozenset[int] | None:
+    """Return the decoder layers whose attention scores, None for all of them.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    if config.score_layers == "all":
+        return None
+    named = [-1] if config.score_layers == "last" else [int(layer) for layer in config.score_layers.split(",")]
+    if wrong := [layer for layer in named if not -num_layers <= layer < num_layers]:
+        allowed = f"layers 0 to {num_layers - 1}, or negative ones from the end"
+        raise ConfigError(f"score_layers={config.score_layers!r} is not allowed ({wrong[0]}): {allowed}")
+    return frozenset(layer % num_layers for layer in named)
+
+
 def _keeps_all(config: PruneConfig) -> bool:
     return config.pruner == "none" or (config.keep_tokens is None and config.keep_ratio == 1)
 

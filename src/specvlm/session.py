@@ -203,10 +203,10 @@ class FusedSession(Session):
     def _prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
         decoder, end = self._decoder, self.cache.length + len(prompt)
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             rows, keys, values = query.transpose(0, 1)[None], keys[None, :, :end], values[None, :, :end]
             if scores is not None:
-                scores.add(rows, keys, decoder.scaling)
+                scores.add(layer, rows, keys, decoder.scaling)
             return attention.causal(rows, keys, values, decoder.scaling)[0].transpose(0, 1)
 
         hidden = decoder(
@@ -230,9 +230,9 @@ class FusedSession(Session):
         first, end = self.length + of_tree - count + 1, self.length + of_tree
         mask = None if tokens.is_cuda else attention.Plan(rows).mask(end)
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             if scores is not None:
-                scores.add(query[:1].transpose(0, 1)[None], keys[None, :, :first], decoder.scaling)
+                scores.add(layer, query[:1].transpose(0, 1)[None], keys[None, :, :first], decoder.scaling)
             if query.is_cuda:
                 out = tree_attention(query[None], keys[None], values[None], start, rows.sees, scaling=decoder.scaling)
                 return out[0]

@@ -1,11 +1,11 @@
 """The journal of a quality run, DIR/answers.jsonl: appended to, one object a line, never rewritten.
 
-    {"kind": "run", "command", "commit", "versions", "started", ..., "methods": {name: settings}}   first, and once a restart
-    {"kind": "problem", "where", "text"}                     a sample that the data do not give: its line and why
-    {"kind": "answer", "sample", "method", "video", ...}     one a sample and method, see quality.Answer
-    {"kind": "failure", "sample", "method", "text"}          in the place of an answer
-    {"kind": "difference", "sample", "method", ...}          where an answer parts from plain decoding's, see quality
-    {"kind": "overlay", "sample", "method", "file", ...}     a picture of what was kept, its path relative to DIR
+    {"kind": "run", "command", "commit", "versions", ..., "methods": {name: settings}}    first, and once a restart
+    {"kind": "problem", "where", "text"}                  a sample that the data do not give: its line and why
+    {"kind": "answer", "sample", "method", "video", ...}  one a sample and method, see quality.Answer
+    {"kind": "failure", "sample", "method", "text"}       in the place of an answer
+    {"kind": "difference", "sample", "method", ...}       where an answer parts from plain decoding's, see quality
+    {"kind": "overlay", "sample", "method", "file", ...}  a picture of what was kept, its path relative to DIR
 
 A line that a killed run left unfinished is cut off when the run goes on; what it was about is then done again.
 """

@@ -127,8 +127,7 @@ class Prompt:
     def select(self, keep: Tensor) -> Prompt:
         """Return the prompt with only the visual tokens `keep` (ascending indices into V) and all other tokens.
 
-        Kept tokens keep their original positions, and next_position stays (SpecVLM, section 3; the authors' code
-        repacks them, which loses where and when they were).
+        Kept tokens keep their original positions, and next_position stays (SpecVLM, section 3).
         """
         if keep.shape[0] == self.num_visual:
             return self
@@ -143,6 +142,11 @@ class Prompt:
             visual_id=self.visual_id[keep],
             deepstack=tuple(features[keep] for features in self.deepstack),
         )
+
+    def repacked(self) -> Prompt:
+        """Return the prompt with its tokens counted 0, 1, 2, ... in every dimension, as the authors' code does."""
+        places = torch.arange(len(self), device=self.positions.device).expand(self.positions.shape)
+        return replace(self, positions=places, next_position=len(self))
 
     def rows(self, keep: Tensor) -> Tensor:
         """Return the ascending places [K + S - V] of the visual tokens `keep` and of all other tokens."""
