@@ -8,9 +8,10 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,10 +190,13 @@ def versions() -> dict[str, str]:
 
 
 def reset_peak(*devices: torch.device) -> None:
-    """Start measuring the peak memory of the GPUs among the devices."""
-    for device in set(devices):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    """Start measuring the peak memory of the GPUs among the devices, or of the process where there is none."""
+    gpus = {device for device in devices if device.type == "cuda"}
+    for device in gpus:
+        torch.cuda.reset_peak_memory_stats(device)
+    if not gpus:
+        with suppress(OSError):  # elsewhere than on Linux the peak is that since the process began
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def measure_peak(*devices: torch.device) -> int:

@@ -12,17 +12,16 @@ import errno
 import json
 import os
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
-from specvlm.config import EngineConfig
-from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError
+from specvlm.config import EngineConfig, kind_of
+from specvlm.errors import ConfigError, MediaError, SpecVLMError, memory_errors
 
 if TYPE_CHECKING:
     from specvlm.account import Generation
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         status = Status(is_quiet=args.quiet)
-        with _quiet_libraries(status), _memory_errors(), status:
+        with _quiet_libraries(status), memory_errors(), status:
             status.show("loading the libraries...")
             code: int = args.run(args, status)
             sys.stdout.flush()
@@ -130,23 +129,6 @@ def _quiet_libraries(status: Status) -> Iterator[None]:
         warnings.simplefilter("always")
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn a lack of memory into a CapacityError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's; it may not be imported yet
-        if not (is_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
-            raise
-        place = "the GPU" if is_gpu else "this machine"
-        cause = (str(error).strip() or "no more").splitlines()[0]
-        raise CapacityError(
-            f"out of memory on {place} ({cause}): read fewer frames (--num-frames, --fps), smaller ones "
-            "(--max-pixels), or ask for fewer new tokens (--max-new-tokens)"
-        ) from error
 
 
 # Options
@@ -324,7 +306,7 @@ def _add_setting(group: Any, setting: Field[Any], hint: Any) -> None:
     if setting.default not in (None, MISSING):
         shown = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default
         help += f" [default: {shown}]"
-    kind = get_args(hint)[0] if get_origin(hint) in (types.UnionType,) else hint
+    kind = kind_of(hint)
     metavar = None if isinstance(choices, tuple) else {int: "N", float: "X"}.get(kind, "NAME" if choices else "TEXT")
     known = choices if isinstance(choices, tuple) else None  # a registry's names are checked when torch is there
     group.add_argument(flag, type=kind, choices=known, metavar=metavar, help=help.replace("%", "%%"), **common)

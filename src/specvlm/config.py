@@ -248,3 +248,32 @@ class EngineConfig:
             old = getattr(self, part.name)
             changed[part.name] = type(old)(**({f.name: getattr(old, f.name) for f in fields(old)} | mine))
         return EngineConfig(**changed)
+
+
+def kind_of(hint: Any) -> Any:
+    """Return what a field's value is made from on a command line: str, int, float or bool."""
+    kind = get_args(hint)[0] if get_origin(hint) is UnionType else hint
+    return str if get_origin(kind) is tuple else kind
+
+
+def parsed(name: str, text: str) -> Any:
+    """Return the value of a setting, by its flat name, from text; "none" is None where that is allowed.
+
+    Raises:
+        ConfigError: the setting is unknown (the known are listed), or the text is no value of its type.
+    """
+    hints = {key: hint for part in get_type_hints(EngineConfig).values() for key, hint in get_type_hints(part).items()}
+    if name not in hints:
+        raise ConfigError(f"unknown setting {name!r}: known are {', '.join(sorted(hints))}")
+    hint, kind = hints[name], kind_of(hints[name])
+    if text.lower() == "none" and type(None) in get_args(hint):
+        return None
+    if kind is bool:
+        known = {"true": True, "false": False}
+        _require(text.lower() in known, name, text, "true or false")
+        return known[text.lower()]
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not allowed: it must be {kind.__name__}") from error
+    return (value,) if get_origin(hint) is tuple else value

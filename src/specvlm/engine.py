@@ -212,10 +212,9 @@ class SpecVLM:
         """
         config, target, stage = request.config, self.target, request.seconds.stage
         with stage("read", target.device):
-            inputs = self._read(request)
+            inputs = self.read(request)
         with stage("encode", target.device):
             prompt = target.encode(inputs)
-        request.usage.prompt_tokens, request.usage.visual_tokens = len(prompt), prompt.num_visual
         with stage("prefill", target.device):
             if is_scored is None:
                 is_scored = drafting.kind(config.draft, self.draft).prunes and prune.needs_scores(config.prune)
@@ -241,6 +240,7 @@ class SpecVLM:
         """
         config, stage, device = request.config, request.seconds.stage, self.target.device
         sampling, session = config.sampling, start.session
+        request.usage.prompt_tokens, request.usage.visual_tokens = len(start.prompt), start.prompt.num_visual
         if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
             problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
             raise CapacityError(f"{problem}: prefill again with that setting")
@@ -336,13 +336,18 @@ class SpecVLM:
         """
         return self.stream_request(self.request(source, prompt, **settings))
 
-    def stream_request(self, request: Request) -> Iterator[Chunk]:
-        """Yield the text of a request, which holds the account of the run afterwards."""
+    def stream_request(self, request: Request, start: Prefilled | None = None) -> Iterator[Chunk]:
+        """Yield the text of a request, which holds the account of the run afterwards.
+
+        Args:
+            request: what to answer.
+            start: its prefill, where there is one already.
+        """
         if request.speculation.target_passes:
             raise ValueError("a Request runs once: make another with request()")
         request.seconds.start()
         text = TextStream(self.target.tokenizer, self.target.eos_ids, request.config.sampling.stop)
-        for latest in self.rounds(request):
+        for latest in self.rounds(request) if start is None else self.decode(request, start):
             chunk = text.add(latest.token_ids, latest.finish_reason)
             request.usage.completion_tokens += len(chunk.token_ids)
             request.speculation.cut(latest.num_accepted, min(latest.num_accepted, len(chunk.token_ids)))
@@ -355,12 +360,20 @@ class SpecVLM:
         """Return the whole answer with its account. Arguments and errors are those of `stream`."""
         return self.generate_request(self.request(source, prompt, **settings))
 
-    def generate_request(self, request: Request, on_chunk: Callable[[Chunk], None] | None = None) -> Generation:
-        """Run a request to its end and return the answer with its account; `on_chunk` sees each chunk as it comes."""
+    def generate_request(
+        self,
+        request: Request,
+        on_chunk: Callable[[Chunk], None] | None = None,
+        start: Prefilled | None = None,
+    ) -> Generation:
+        """Run a request to its end and return the answer with its account; `on_chunk` sees each chunk as it comes.
+
+        Given its prefill as `start`, the account begins behind it.
+        """
         devices = {self.target.device, (self.draft or self.target).device}
         reset_peak(*devices)
         chunks = []
-        for chunk in self.stream_request(request):
+        for chunk in self.stream_request(request, start):
             chunks.append(chunk)
             if on_chunk is not None:
                 on_chunk(chunk)
@@ -390,8 +403,13 @@ class SpecVLM:
             "dtype": str(self.target.dtype).removeprefix("torch."),
         }
 
-    def _read(self, request: Request) -> Inputs:
-        """Read the media of a request and return the target's inputs."""
+    def read(self, request: Request) -> Inputs:
+        """Read the media of a request and return the target's inputs.
+
+        Raises:
+            MediaError: a file cannot be used.
+            CapacityError: prompt and new tokens exceed the target's context.
+        """
         config, target = request.config, self.target
         media = [video.load(source, config.video, kind=kind) for kind, source in request.media]
         inputs = target.family.inputs(

@@ -7,6 +7,9 @@ SpecVLMError
   CapacityError      prompt + new tokens do not fit: the numbers, and what would
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SpecVLMError(Exception):
     """Base of all errors below; the CLI prints its message on one line and exits with 2."""
@@ -26,3 +29,20 @@ class MediaError(SpecVLMError):
 
 class CapacityError(SpecVLMError):
     """The prompt and the new tokens do not fit."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a lack of memory within the block into a CapacityError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's; it may not be imported yet
+        if not (is_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        place = "the GPU" if is_gpu else "this machine"
+        cause = (str(error).strip() or "no more").splitlines()[0]
+        raise CapacityError(
+            f"out of memory on {place} ({cause}): read fewer frames (--num-frames, --fps), smaller ones "
+            "(--max-pixels), or ask for fewer new tokens (--max-new-tokens)"
+        ) from error

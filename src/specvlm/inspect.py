@@ -94,7 +94,12 @@ class Inspection:
 
 
 def inspect(
-    model: SpecVLM, source: Any, prompt: str | None = None, *, watch: Callable[[str], None] = lambda name: None
+    model: SpecVLM,
+    source: Any,
+    prompt: str | None = None,
+    *,
+    watch: Callable[[str], None] = lambda name: None,
+    **settings: Any,
 ) -> Inspection:
     """Prefill the target on a video and a question; return its attention and what the pruner keeps.
 
@@ -103,10 +108,12 @@ def inspect(
         source: what `video.load` reads.
         prompt: the question; None asks for a description.
         watch: observer of the stages.
+        **settings: any field of the configs, as in `EngineConfig.replace`.
     """
     watch("read")
-    frames = video.load(source, model.config.video)
-    request = model.request(frames, prompt)
+    request = model.request(source, prompt, **settings)
+    frames = video.load(source, request.config.video)
+    request.media = [("video", frames)]
     request.seconds.on_stage = watch
     start = model.prefill(request, is_scored=True)  # a pruner that reads no scores is shown with them too
     config = request.config

@@ -41,7 +41,7 @@ def pruner(name: str, *, scored: bool = True) -> Callable[[Pruner], Pruner]:
 
 def needs_scores(config: PruneConfig) -> bool:
     """Whether this config's pruner reads the target's attention."""
-    return config.pruner in _SCORED and not _keeps_all(config)
+    return config.pruner in _SCORED and not keeps_all(config)
 
 
 def get(name: str) -> Pruner:
@@ -65,7 +65,7 @@ def select(scores: Tensor, grid: Tensor, visual_id: Tensor, config: PruneConfig)
         config: pruner, budget and options.
     """
     function, total = get(config.pruner), scores.shape[0]
-    if _keeps_all(config) or total == 0:
+    if keeps_all(config) or total == 0:
         return torch.arange(total, device=scores.device)
     wanted = inspect.signature(function).parameters
     options = {name: value for name, value in _options(config).items() if name in wanted}
@@ -111,7 +111,8 @@ def scoring_layers(config: PruneConfig, num_layers: int) -> frozenset[int] | Non
     return frozenset(layer % num_layers for layer in named)
 
 
-def _keeps_all(config: PruneConfig) -> bool:
+def keeps_all(config: PruneConfig) -> bool:
+    """Whether this config prunes nothing."""
     return config.pruner == "none" or (config.keep_tokens is None and config.keep_ratio == 1)
 
 

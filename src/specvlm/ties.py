@@ -129,6 +129,24 @@ def ties(
     return Ties(model.models["dtype"] or "", found)
 
 
+def logit_gap(model: SpecVLM, request: Request, index: int, token: int, other: int) -> float | None:
+    """Return by how much the logit of `token` exceeds that of `other` where plain decoding chose a token of its text.
+
+    Args:
+        model: any; its draft is not used.
+        request: of plain decoding.
+        index: which token of the text; None comes back if it ends before.
+        token: a token id.
+        other: another.
+    """
+    seen: list[Tensor] = []
+    for place, _ in enumerate(model.decode(request, model.prefill(request), observe=seen.append)):
+        logits = seen.pop()[-1]  # one row a pass
+        if place == index:
+            return float(logits[token] - logits[other])
+    return None
+
+
 def _decode(model: SpecVLM, request: Request) -> _Text:
     token_ids: list[int] = []
     logits: list[dict[int, float]] = []
