@@ -1,0 +1,57 @@
+"""A JSONL of samples: a line {"video", "prompt", "id"} each, and start and end of a part, in seconds, where wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from specvlm.bench.data.samples import Claim, Data, Problem, Row, claimed, found
+from specvlm.errors import ConfigError
+
+
+def read_lines(
+    name: str, file: Path, *, video: str = "video", prompt: str | None = None, limit: int | None = None
+) -> Data:
+    """Return the samples of a JSONL. A video is a URL, or a path relative to the file's folder.
+
+    Args:
+        name: what the data are called.
+        file: the JSONL.
+        video: the field that names the video.
+        prompt: what lines without a prompt ask; None makes such a line a problem.
+        limit: at most so many samples.
+
+    Raises:
+        ConfigError: the file cannot be read, or gives no sample.
+    """
+
+    def parse(row: Row) -> Claim:
+        asked = row.text("prompt") if prompt is None or "prompt" in row.fields else prompt
+        path = row.text(video)
+        return Claim(row.text("id"), asked, path, (path,), row.cut())
+
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): give a JSONL of {{video, prompt, id}}") from error
+    claims, problems = claimed(_rows(file, content), parse)
+    samples, missing = found(claims, str(file.parent), f"give its path from {file.parent}, or a URL")
+    return Data.of(name, samples, [*problems, *missing], limit)
+
+
+def _rows(file: Path, content: bytes) -> Iterator[Row | Problem]:
+    """Yield the lines that are not blank. Only a line feed ends one: JSON's texts may hold every other separator."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        where = f"{file.name}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Problem(where, f"it is no JSON ({error}): write one object {{video, prompt, id}} a line")
+            continue
+        if isinstance(fields, dict):
+            yield Row(where, number, file.stem, fields)
+        else:
+            yield Problem(where, f"it is no object but {type(fields).__name__}: write {{video, prompt, id}}")
