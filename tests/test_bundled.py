@@ -1,7 +1,7 @@
 """The bundled pair on its 40 held-out mp4 clips: word for word plain decoding and transformers' generate().
 
 A clip takes two methods in turn, so that every pruner, ratio and tree meets several clips; the whole product is
-measured by `specvlm bench acceptance` and stands in docs/acceptance.md.
+measured by `make studies` and stands in docs/studies.md.
 """
 
 import itertools
@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from specvlm import SpecVLM, prune
-from specvlm.bench.acceptance import Method, read_clips, run
+from specvlm.bench import data, quality
+from specvlm.bench.journal import Journal
+from specvlm.bench.methods import METHODS
 from specvlm.engine import bundled
 
-CLIPS = Path(bundled("clips"))
 SWEEP = [
-    Method(pruner, keep_ratio, tree)
+    {"drafter": "model", "policy": "fixed", "tree": tree, "keep_ratio": keep_ratio, "pruner": pruner}
     for tree, keep_ratio, pruner in itertools.product(("paper", "chain:5"), (0.1, 1.0), prune.PRUNERS)
 ]
 PER_CLIP = 2
@@ -29,17 +30,23 @@ def model():
 
 
 @pytest.mark.parametrize("number", range(40))
-def test_ids_are_those_of_plain_decoding_and_of_transformers(number):
-    clips = read_clips(CLIPS)
-    assert len(clips) == 40
+def test_ids_are_those_of_plain_decoding_and_of_transformers(number, tmp_path):
+    clips = data.read()
+    assert len(clips.samples) == 40
     mine = [SWEEP[(PER_CLIP * number + i) % len(SWEEP)] for i in range(PER_CLIP)]
-    results = list(run(model(), CLIPS, clips[number : number + 1], mine))
-    assert len(results) == PER_CLIP
-    for result in results:
-        assert result.is_plain, result
-        assert result.is_generate, result
-        assert result.completion_tokens > 20
-        assert result.target_passes < result.completion_tokens
+    methods = {name: METHODS[name] for name in ("plain", "generate")} | {str(settings): settings for settings in mine}
+    protocol = quality.Protocol(methods, {}, is_timed=False, num_overlays=0)
+    one = data.Data("bundled", clips.samples[number : number + 1], ())
+    with Journal(tmp_path, quality.origin(model(), one, protocol)) as journal:
+        lines = quality.run(model(), one, protocol, journal)
+    answers = {line["method"]: line for line in lines if line["kind"] == "answer"}
+    assert answers.keys() == methods.keys()
+    plain = answers.pop("plain")
+    assert plain["new_tokens"] > 20
+    assert answers.pop("generate")["token_ids"] == plain["token_ids"]
+    for answer in answers.values():
+        assert answer["token_ids"] == plain["token_ids"], answer
+        assert answer["target_passes"] < answer["new_tokens"]
 
 
 def test_the_pair_shares_a_tokenizer_and_is_small():

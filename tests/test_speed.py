@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from specvlm import ConfigError, SpecVLM, cli
 from specvlm.account import Decision
 from specvlm.bench import (
-    answers,
     choices,
     clips,
     hardware,
@@ -713,126 +712,6 @@ def test_results_that_cannot_be_written_or_read(tmp_path, capsys):
     file.write_text('{"pair": 1}\n')
     with pytest.raises(ConfigError, match=r"lines.jsonl, line 1 is no result of bench speed"):
         summary.read([str(file)])
-
-
-# Whole answers on real clips
-
-
-@pytest.fixture
-def two_clips(tmp_path):
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    lines = Path(bundled("clips"), "clips.jsonl").read_text().splitlines()[:2]
-    (folder / "clips.jsonl").write_text("\n".join(lines))
-    for name in (json.loads(line)["file"] for line in lines):
-        (folder / name).symlink_to(Path(bundled("clips"), name))
-    return folder
-
-
-def test_every_clip_is_answered_by_every_method_after_one_answer_that_is_not_counted(
-    two_clips, tmp_path, capsys, monkeypatch
-):
-    usual, ran = SpecVLM.generate, []
-
-    def generate(self, source, prompt, **settings):
-        found = usual(self, source, prompt, **settings)
-        ran.append((Path(source).name, settings["drafter"], settings.get("policy")))
-        return found
-
-    monkeypatch.setattr(SpecVLM, "generate", generate)
-    out = tmp_path / "sub" / "clips.jsonl"
-    args = ["bench", "speed", "--clips", str(two_clips), "--tokens", "10", "--repeats", "2", "--out", str(out)]
-    assert cli.main(args) == 0
-    methods = [("none", None), ("model", "fixed"), ("model", "auto")]
-    assert ran[:3] == [("clip00.mp4", *method) for method in methods]
-    orders = [ran[begin : begin + 3] for begin in range(3, 15, 3)]
-    names = ["clip00.mp4", "clip00.mp4", "clip01.mp4", "clip01.mp4"]
-    for name, order in zip(names, orders, strict=True):
-        assert sorted(order, key=str) == sorted([(name, *method) for method in methods], key=str)
-    assert len({str([one[1:] for one in order]) for order in orders}) > 1  # at random
-    assert len(ran) == 15
-    origin, *lines = map(json.loads, out.read_text().splitlines())
-    assert {"command", "commit", "versions", "device", "dtype", "draft_quant"} == set(origin)
-    assert [(one["clip"], one["method"]) for one in lines] == [
-        (clip, method) for clip in ("clip00", "clip01") for method in ("plain", "tree", "auto")
-    ]
-    for one in lines:
-        assert all(
-            len(one[name]) == 2 for name in ("seconds", "decode_ms", "target_passes", "rounds", "accepted_tokens")
-        )
-        assert all(0 < ms / 1e3 * 9 < second for ms, second in zip(one["decode_ms"], one["seconds"], strict=True))
-        assert one["is_identical"] is True
-        assert one["completion_tokens"] == 10
-    assert lines[0]["target_passes"] == [10, 10]
-    assert max(lines[1]["target_passes"]) < 10
-    assert lines[0]["mean_accepted_length"] == 0 < lines[1]["mean_accepted_length"]
-    shown = capsys.readouterr().out
-    assert "| plain | " in shown
-    assert cli.main(["bench", "speed", "--clips", "--from", str(out)]) == 0
-    assert capsys.readouterr().out == shown
-
-
-def test_an_answer_that_differs_is_no_success(two_clips, capsys, monkeypatch):
-    usual = SpecVLM.generate
-
-    def generate(self, source, prompt, **settings):
-        found = usual(self, source, prompt, **settings)
-        is_other = settings["drafter"] == "lookup" and "clip01" in source
-        return replace(found, token_ids=(*found.token_ids[:-1], 0)) if is_other else found
-
-    monkeypatch.setattr(SpecVLM, "generate", generate)
-    args = ["bench", "speed", "--clips", str(two_clips), "--tokens", "4", "--repeats", "1", "--methods", "plain,lookup"]
-    assert cli.main(args) == 1
-    assert "| 1 of 2 |\n" in capsys.readouterr().out
-
-
-def answered(clip, method, seconds, decode_ms, mat=0.0):
-    return {"clip": clip, "method": method, "seconds": seconds, "decode_ms": decode_ms, "target_passes": [10, 20],
-            "rounds": [int(mat > 0)], "mean_accepted_length": mat, "is_identical": True}  # fmt: skip
-
-
-def test_the_fastest_answers_are_compared_clip_by_clip():
-    lines = [
-        *(answered(clip, "plain", [1.0, 2.0], [8.0, 9.0]) for clip in "abc"),
-        answered("a", "auto", [0.5, 9.0], [4.0, 5.0], 3.0),
-        answered("b", "auto", [1.04, 1.05], [8.0, 8.0], 1.0),  # slower by more than 3 %
-        answered("c", "auto", [1.02, 1.029], [2.0, 7.0], 2.0),
-    ]
-    page = answers.table(lines, {"command": "x"})
-    assert "3 clips, the fastest of 2 answers each" in page
-    assert "| plain | 1.000 | 1.000 | 1.000 (a) | 0 of 3 | 1.000 | 15.0 |  | 3 of 3 |" in page
-    assert "| auto | 1.020 | 0.980 | 0.962 (b) | 1 of 3 | 2.000 | 15.0 | 2.00 | 3 of 3 |" in page
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--pairs", PAIRS[0]], "pairs='qwen2.5-vl-32b/7b' is not allowed beside --clips"),
-        (["--visual-tokens", "64"], "visual_tokens='64' is not allowed beside --clips"),
-        (["--methods", "auto"], "plain is what all are compared with"),
-        (
-            ["--methods", "plain,chain"],
-            "method 'chain' is not known with --clips: choose from plain, tree, auto, lookup",
-        ),
-        (["--trees", "paper", "chain:2"], "trees=['paper', 'chain:2'] is not allowed beside --clips: name one"),
-        (["--trees", "oak"], "tree='oak' is not allowed"),
-        (["--repeats", "0"], "repeats=0 is not allowed"),
-        (["--draft-quants", "fp4"], "draft_quant='fp4' is not allowed"),
-        (["--from", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["--from", "a", "b"], "b is one file too many"),
-    ],
-)
-def test_what_is_not_allowed_beside_clips_is_said_on_one_line(args, message, capsys):
-    assert cli.main(["bench", "speed", *args, "--clips"]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
-
-
-def test_clips_that_are_not_there(capsys):
-    assert cli.main(["bench", "speed", "--clips", "nowhere"]) == 2
-    assert "there is no nowhere/clips.jsonl" in capsys.readouterr().err
 
 
 # vLLM, for which a fake stands in

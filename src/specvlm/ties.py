@@ -9,18 +9,19 @@ A repetition penalty stays out of it, the checkpoint's too: candidates are compa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specvlm import video
+from specvlm import reference, video
 from specvlm.compare import Difference, check_draft, first_difference
 from specvlm.engine import Request, Round, SpecVLM
 
 _CANDIDATES = 8  # largest logits kept of every position
+WAYS: Mapping[str, Mapping[str, Any]] = {"plain": {"drafter": "none"}, "speculative": {}}
 _ROWS = 26  # of a verification pass of the paper's tree
 
 
@@ -97,34 +98,39 @@ def ties(
     source: Any,
     prompt: str | None = None,
     *,
+    ways: Mapping[str, Mapping[str, Any]] = WAYS,
+    has_generate: bool = False,
     watch: Callable[[str], Callable[[str], None]] = lambda prefix: lambda name: None,
+    **settings: Any,
 ) -> Ties:
-    """Decode greedily by the Hugging Face modules, plainly and speculatively, and judge the first differences.
+    """Decode greedily by the Hugging Face modules and in other ways, and judge the first differences.
 
     Args:
         model: a pair.
         source: what `video.load` reads.
         prompt: the question; None asks for a description.
+        ways: settings of the other ways, by name.
+        has_generate: whether transformers' own generate() is one of them.
         watch: makes, from the name of a run, an observer of its stages.
+        **settings: of all ways, as in `EngineConfig.replace`.
 
     Raises:
         ConfigError: there is no draft.
     """
     check_draft(model)
     watch("")("read")
-    frames = video.load(source, model.config.video)
+    frames = video.load(source, model.request(None, **settings).config.video)
 
-    def request(name: str, **settings: Any) -> Request:
-        made = model.request(frames, prompt, temperature=0.0, repetition_penalty=1.0, **settings)
+    def request(name: str, **more: Any) -> Request:
+        law = {"temperature": 0.0, "repetition_penalty": 1.0}
+        made = model.request(frames, prompt, **{**settings, **law, "eager": False, **more})
         made.seconds.on_stage = watch(f"{name}: ")
         return made
 
     reference = _decode(model, request("reference", drafter="none", eager=True))
     rounding = _moved(reference, _forced(model, request("yardstick", drafter="none", eager=True), reference))
-    others = {
-        "plain": _decode(model, request("plain", drafter="none", eager=False)),
-        "speculative": _decode(model, request("speculative", eager=False)),
-    }
+    others = {"generate()": _generated(model, request("generate()"))} if has_generate else {}
+    others |= {name: _decode(model, request(name, **way)) for name, way in ways.items()}
     found = tuple(_judge(model, name, reference, other, rounding) for name, other in others.items())
     return Ties(model.models["dtype"] or "", found)
 
@@ -157,6 +163,12 @@ def _decode(model: SpecVLM, request: Request) -> _Text:
     return _Text(tuple(token_ids), tuple(logits))
 
 
+def _generated(model: SpecVLM, request: Request) -> _Text:
+    num_new, inputs = request.config.sampling.max_new_tokens, model.read(request)
+    found = reference.generate(model.target, inputs, max_new_tokens=num_new, repetition_penalty=1.0, has_logits=True)
+    return _Text(found.token_ids, tuple(_best(torch.stack(found.logits))))
+
+
 def _forced(model: SpecVLM, request: Request, text: _Text) -> _Text:
     """Return the text with the logits that passes of many rows over it give."""
     start = model.prefill(request)
@@ -182,7 +194,12 @@ def _moved(one: _Text, other: _Text, count: int | None = None) -> float:
 def _largest(logits: Tensor, latest: Round) -> list[dict[int, float]]:
     """Return, for each new token, the largest logits {token: logit} of the row that chose it."""
     rows = [0, *(node + 1 for node in latest.accepted.nodes)][: len(latest.token_ids)]
-    best = logits[rows].topk(_CANDIDATES)
+    return _best(logits[rows])
+
+
+def _best(logits: Tensor) -> list[dict[int, float]]:
+    """Return the largest of each row of logits [N, vocab], {token: logit}."""
+    best = logits.float().topk(_CANDIDATES)
     tokens, values = best.indices.tolist(), best.values.tolist()
     return [dict(zip(*pair, strict=True)) for pair in zip(tokens, values, strict=True)]
 

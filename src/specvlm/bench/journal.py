@@ -78,6 +78,8 @@ class Journal:
         directory: made where there is none.
         origin: the line of kind "run". Where the folder holds a run already, it goes on if the two agree.
 
+    `lines` are those that it holds, but those of kind "run".
+
     Raises:
         ConfigError: the folder cannot be written, another process writes there, or it holds another run.
     """
@@ -86,26 +88,30 @@ class Journal:
         self.directory = directory
         self._file = _locked(directory / NAME)
         try:
-            self.known = self._begin({"kind": "run", **origin})
+            self.lines = self._begin({"kind": "run", **origin})
         except BaseException:
             self._file.close()
             raise
 
-    def _begin(self, origin: Line) -> tuple[Line, ...]:
+    def _begin(self, origin: Line) -> list[Line]:
         """Return the lines that are there already, and add the run's."""
         text = self._file.read()
         whole = text.rfind("\n") + 1
         self._file.truncate(len(text[:whole].encode()))
-        known: tuple[Line, ...] = ()
+        known: list[Line] = []
         if whole:
             run = read(self.directory)
             _check_same(run.origin, json.loads(json.dumps(origin)), self.directory)
-            known = run.lines
-        self.write(origin)
+            known = [line for line in run.lines if line["kind"] != "run"]
+        self._append(origin)
         return known
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Line) -> None:
         """Add a line; it is on the disk when this returns."""
+        self._append(line)
+        self.lines.append(line)
+
+    def _append(self, line: Line) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -136,12 +142,15 @@ def _locked(path: Path) -> TextIO:
 
 def _check_same(old: Line, new: Line, directory: Path) -> None:
     """Refuse to go on with a run that another configuration, machine or version began."""
-    for name in old.keys() | new.keys():
-        if name not in _FREE and old.get(name) != new.get(name):
-            raise ConfigError(
-                f"{directory} holds another run, whose {name} is {_short(old.get(name))} and not "
-                f"{_short(new.get(name))}: give another folder"
-            )
+    for name in sorted(old.keys() | new.keys()):
+        one, other = old.get(name), new.get(name)
+        if name in _FREE or one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            part = next(part for part in [*one, *other] if one.get(part) != other.get(part))
+            name, one, other = f"{name}, {part}", one.get(part), other.get(part)
+        problem = f"{directory} holds another run, whose {name} is {_short(one)} and not {_short(other)}"
+        raise ConfigError(f"{problem}: give another folder")
 
 
 def _short(value: object) -> str:

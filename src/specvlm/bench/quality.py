@@ -103,7 +103,7 @@ def check(model: SpecVLM, protocol: Protocol) -> None:
 
 def run(
     model: SpecVLM, data: Data, protocol: Protocol, journal: Journal, watch: Callable[[str], None] = lambda text: None
-) -> None:
+) -> list[Line]:
     """Answer what the journal does not hold yet.
 
     Args:
@@ -112,8 +112,11 @@ def run(
         protocol: the methods.
         journal: where the answers go.
         watch: told how far it is and how long it will take.
+
+    Returns:
+        What the journal holds then, but the lines of kind "run".
     """
-    said = [line["where"] for line in journal.known if line["kind"] == "problem"]
+    said = [line["where"] for line in journal.lines if line["kind"] == "problem"]
     for problem in data.problems:
         if problem.where not in said:
             journal.write({"kind": "problem", **asdict(problem)})
@@ -127,6 +130,7 @@ def run(
         runner.judge(sample)
         if number < protocol.num_overlays:
             runner.draw(sample)
+    return journal.lines
 
 
 class _Runner:
@@ -136,7 +140,7 @@ class _Runner:
         self._model, self._protocol, self._journal, self._watch = model, protocol, journal, watch
         self._ids: dict[tuple[str, str], tuple[int, ...]] = {}  # of answers, by sample and method
         self._known: dict[str, set[tuple[str, str]]] = {}  # kind of line: samples and methods
-        for line in journal.known:
+        for line in journal.lines:
             self._learn(line)
 
     def _learn(self, line: Line) -> None:

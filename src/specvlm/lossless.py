@@ -1,0 +1,130 @@
+"""Is it lossless on this machine? `specvlm verify`: speculative = plain decoding = transformers' own generate().
+
+In fp32 ids are compared one by one. In bf16 and fp16 a pass over many rows rounds otherwise than one over a single row,
+so every way of decoding, generate() among them, is judged as `ties` does: equal up to ties, each with its logit gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from specvlm import reference, video
+from specvlm.compare import Difference, check_draft, first_difference
+from specvlm.engine import SpecVLM
+from specvlm.ties import Tie, logit_gap, ties
+
+GENERATE = "generate()"
+WAYS: Mapping[str, Mapping[str, Any]] = {  # of decoding speculatively, beside the one that was configured
+    "as configured": {},
+    "paper's tree": {"tree": "paper", "policy": "fixed"},
+    "chain of 5": {"tree": "chain:5", "policy": "fixed"},
+}
+_SAMPLED = {"temperature": 1.0, "seed": 0}  # the noise belongs to the place in the text: sampled texts are equal, too
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two ways of decoding one question that must give the same ids."""
+
+    name: str
+    is_equal: bool
+    difference: Difference | None
+    gap: float | None  # where they part: by how much plain decoding preferred its token
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of one question."""
+
+    name: str
+    num_tokens: int
+    found: Sequence[Check | Tie]
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether all ids are equal, in half precision up to ties."""
+        return all(check.is_equal if isinstance(check, Check) else check.is_tie for check in self.found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        checks = [asdict(check) | ({"is_tie": check.is_tie} if isinstance(check, Tie) else {}) for check in self.found]
+        return {"name": self.name, "tokens": self.num_tokens, "lossless": self.is_lossless, "checks": checks}
+
+    def text(self) -> str:
+        """Return a line where all ids are equal, else one for each that differ."""
+        same = [check.name for check in self.found if check.difference is None]
+        head = f"{self.name}: {self.num_tokens} tokens, equal: {', '.join(same) or 'none'}"
+        return "\n".join([head, *(_line(check) for check in self.found if check.difference is not None)])
+
+
+def _line(check: Check | Tie) -> str:
+    if isinstance(check, Tie):
+        return f"  {check.line()}"
+    found = check.difference
+    assert found is not None
+    gap = "" if check.gap is None else f", logit gap {check.gap:.3g}"
+    texts = f"{found.plain_text!r} against {found.speculative_text!r}"
+    return f"  {check.name}: DIFFERS first at token {found.index}, {texts}{gap}"
+
+
+def verify(
+    model: SpecVLM,
+    source: Any,
+    prompt: str | None = None,
+    *,
+    name: str = "",
+    watch: Callable[[str], Callable[[str], None]] = lambda prefix: lambda name: None,
+    **settings: Any,
+) -> Proof:
+    """Decode one question in every way and compare.
+
+    Args:
+        model: a pair.
+        source: what `video.load` reads.
+        prompt: the question; None asks for a description.
+        name: of the proof.
+        watch: makes, from the name of a run, an observer of its stages.
+        **settings: any field of the configs, as in `EngineConfig.replace`.
+
+    Raises:
+        ConfigError: there is no draft.
+    """
+    check_draft(model)
+    watch("")("read")
+    frames = video.load(source, model.request(None, **settings).config.video)
+    if model.target.dtype != torch.float32:
+        ways = {"plain": {"drafter": "none"}, **WAYS}
+        found = ties(model, frames, prompt, ways=ways, has_generate=True, watch=watch, **settings).found
+        return Proof(name, found[0].num_tokens, found)
+
+    def answer(run: str, **more: Any) -> tuple[int, ...]:
+        request = model.request(frames, prompt, **{**settings, **more})
+        request.seconds.on_stage = watch(f"{run}: ")
+        return model.generate_request(request).token_ids
+
+    greedy = {"temperature": 0.0}
+    plain, sampled = answer("plain", drafter="none", **greedy), answer("sampled", drafter="none", **_SAMPLED)
+    others = {f"plain and {GENERATE}": (plain, _generated(model, frames, prompt, settings))}
+    others |= {f"plain and {run}": (plain, answer(run, **greedy, **way)) for run, way in WAYS.items()}
+    others["sampled, plain and speculative"] = (sampled, answer("sampled", **_SAMPLED))
+    checks = []
+    for run, (one, other) in others.items():
+        difference = first_difference(one, other, model)
+        gap = None
+        if one is plain and difference and difference.plain is not None and difference.speculative is not None:
+            request = model.request(frames, prompt, **{**settings, **greedy, "drafter": "none"})
+            gap = logit_gap(model, request, difference.index, difference.plain, difference.speculative)
+        checks.append(Check(run, difference is None, difference, gap))
+    return Proof(name, len(plain), checks)
+
+
+def _generated(model: SpecVLM, frames: Any, prompt: str | None, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    request = model.request(frames, prompt, **settings)
+    sampling = request.config.sampling
+    penalty, num_new = sampling.repetition_penalty, sampling.max_new_tokens
+    inputs = model.read(request)
+    return reference.generate(model.target, inputs, max_new_tokens=num_new, repetition_penalty=penalty).token_ids
