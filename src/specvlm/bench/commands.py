@@ -10,6 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specvlm.bench import style
 from specvlm.errors import ConfigError
 from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_setting, add_settings, numbers, read_data
 from specvlm.status import Status
@@ -102,11 +103,11 @@ def _add_speed(questions: Any) -> None:
 
 
 def _bench_quality(args: argparse.Namespace, status: Status) -> int:
-    from specvlm.bench import presets, report
+    from specvlm.bench import presets
     from specvlm.bench.journal import Journal
 
     if not args.no_report:
-        report.check()  # before anything is measured
+        style.check()  # before anything is measured
     for file in args.load:
         _run_file(file)
     preset = presets.preset(args.preset) if args.preset else None
@@ -124,9 +125,10 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     with Journal(args.out, quality.origin(model, data, protocol)) as journal:
         quality.run(model, data, protocol, journal, watch=status.show)
     status.clear()
-    if args.no_report:
-        return 0
-    print(report.build([args.out], args.out).markdown, end="")
+    if not args.no_report:
+        from specvlm.bench import report
+
+        print(report.build([args.out], args.out).markdown, end="")
     return 0
 
 
