@@ -8,8 +8,8 @@ from typing import Any
 
 from specvlm.errors import ConfigError
 
-# Okabe and Ito's colours, black and yellow replaced by ones that are legible on white and on black: any two are 16 apart
-# (CIE76) or more, also as the colour-blind see them.
+# Okabe and Ito's colours, black and yellow replaced by ones that are legible on white and on black: any two are 16
+# apart (CIE76) or more, also as the colour-blind see them.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c643c", "#b4b450")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, PALE = "#222222", "#d8d8d8"
