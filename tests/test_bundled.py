@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm import SpecVLM, prune
+from specvlm import SpecVLM, growth, prune
 from specvlm.bench import data, quality
 from specvlm.bench.journal import Journal
 from specvlm.bench.methods import METHODS
 from specvlm.engine import bundled
+from specvlm.tree import Rows
 
 SWEEP = [
     {"drafter": "model", "policy": "fixed", "tree": tree, "keep_ratio": keep_ratio, "pruner": pruner}
@@ -57,3 +58,26 @@ def test_the_pair_shares_a_tokenizer_and_is_small():
     files = [Path(bundled(name), "model.safetensors") for name in ("target", "draft")]
     assert sum(file.stat().st_size for file in files) < 64e6
     assert all(part.hf.dtype == torch.float32 for part in parts)
+
+
+def test_the_mask_fault_of_the_authors_code_costs_acceptance_and_no_word(monkeypatch):
+    """Where one node alone opens a level, their mask hides nothing: it sees its siblings, too. Draft = target."""
+    same = SpecVLM(model().target, model().target)
+    sample = data.read().samples[20]
+    usual, is_faulty = growth.Growth.run_next, False
+
+    def run_next(self, level):
+        tokens, rows = usual(self, level)
+        if is_faulty and len(tokens) == 1:
+            rows = Rows.that_see(torch.ones_like(rows.sees))
+        return tokens, rows
+
+    monkeypatch.setattr(growth.Growth, "run_next", run_next)
+    settings = {"tree": "paper", "policy": "fixed", "keep_ratio": 1.0}
+    right = same.generate(sample.video, sample.prompt, **settings)
+    is_faulty = True
+    wrong = same.generate(sample.video, sample.prompt, **settings)
+    assert wrong.token_ids == right.token_ids
+    rounds, depths = right.speculation.rounds, right.speculation.accepted_per_depth
+    assert depths == [rounds] * 5  # the target agrees with itself, always
+    assert wrong.speculation.mean_accepted_length < 4.7

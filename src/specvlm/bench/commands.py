@@ -107,7 +107,7 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     from specvlm.bench.journal import Journal
 
     if not args.no_report:
-        style.check()  # before anything is measured
+        style.require_matplotlib("a report needs", ", or leave it out: --no-report")  # before anything is measured
     for file in args.load:
         _run_file(file)
     preset = presets.preset(args.preset) if args.preset else None

@@ -64,6 +64,10 @@ class Protocol:
     is_timed: bool = True
     num_overlays: int = 3  # samples whose kept visual tokens are drawn
 
+    def __post_init__(self) -> None:
+        if self.num_overlays < 0:
+            raise ConfigError(f"overlays={self.num_overlays} is not allowed: 0 or more")
+
 
 def origin(model: SpecVLM, data: Data, protocol: Protocol) -> Line:
     """Return the journal's first line: what is run, on what. A run goes on only where all but the command agree."""
