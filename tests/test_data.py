@@ -431,6 +431,16 @@ def test_an_archive_cannot_write_beside_its_folder(tmp_path):
         hub.unpack(tmp_path / "deep", ["videos.zip"])
 
 
+def test_what_is_unpacked_already_is_left_alone(tmp_path):
+    with zipfile.ZipFile(tmp_path / "videos.zip", "w") as archive:
+        archive.writestr("data/one.mp4", b"packed")
+        archive.writestr("data/two.mp4", b"packed")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/one.mp4").write_bytes(b"here")
+    hub.unpack(tmp_path, ["videos.zip"])
+    assert [(tmp_path / f"data/{name}.mp4").read_bytes() for name in ("one", "two")] == [b"here", b"packed"]
+
+
 @needs_datasets
 def test_what_the_hub_does_not_have_is_a_problem(tmp_path, asked):
     fixtures.video_detail_caption(tmp_path / "published")
