@@ -95,7 +95,7 @@ def verify(
     """
     check_draft(model)
     watch("")("read")
-    frames = video.load(source, model.request(None, **settings).config.video)
+    frames = video.load(source, model.config.replace(**settings).video)
     if model.target.dtype != torch.float32:
         ways = {"plain": {"drafter": "none"}, **WAYS}
         found = ties(model, frames, prompt, ways=ways, has_generate=True, watch=watch, **settings).found

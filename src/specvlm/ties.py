@@ -119,7 +119,7 @@ def ties(
     """
     check_draft(model)
     watch("")("read")
-    frames = video.load(source, model.request(None, **settings).config.video)
+    frames = video.load(source, model.config.replace(**settings).video)
 
     def request(name: str, **more: Any) -> Request:
         law = {"temperature": 0.0, "repetition_penalty": 1.0}
