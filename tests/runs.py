@@ -114,10 +114,11 @@ def lines_of(sample, methods, dice):
     for method, settings in methods.items():
         drafted, tokens = passes(dice, length, settings, ease)
         costs = sum(10 + visual / 200 + (nodes > 0) * 5 for nodes in drafted[1:])
+        kept = round(visual * settings.get("keep_ratio", 1.0)) if "drafter" in settings else None
         yield answer(
             f"clip{sample:02}", method, video=f"video{clip}.mp4", ids=ids, drafted=drafted, tokens=tokens,
-            visual_tokens=visual, ms=costs / (length - 1) * dice.uniform(0.95, 1.05), first_s=visual / 500,
-            kept_visual_tokens=round(visual * settings.get("keep_ratio", 1.0)),
+            visual_tokens=visual if "drafter" in settings else None, kept_visual_tokens=kept,
+            ms=costs / (length - 1) * dice.uniform(0.95, 1.05), first_s=visual / 500,
         )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def lengths(results: Results) -> Drawing:
 def _gains(results: Results, method: str) -> list[tuple[int, float, str]]:
     """Return (visual tokens, speedup a token, video) of each sample."""
     both = results.beside_plain(method)
-    times = [(own["visual_tokens"], ms_per_token(plain), ms_per_token(own), own["video"]) for plain, own in both]
+    times = [(plain["visual_tokens"], ms_per_token(plain), ms_per_token(own), own["video"]) for plain, own in both]
     return [(length, before / after, video) for length, before, after, video in times if before and after]
 
 

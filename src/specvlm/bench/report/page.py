@@ -23,8 +23,8 @@ from specvlm.bench.report.render import Table
 from specvlm.bench.report.results import Results
 
 _SHOWN = 3  # samples of a run without pictures
-_PICTURE = (1400, 2800)  # pixels, at most
-_QUALITY = 82  # of JPEG
+_PICTURE = (1200, 2400)  # pixels, at most
+_QUALITY = 80  # of JPEG
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ def _picture(path: Path) -> str | None:
 def _sample(results: Results, sample: str) -> dict[str, Any]:
     """Return a sample's texts, those that are alike together, and its pictures."""
     lines = [line for method in results.methods if (line := results.answers.get((sample, method)))]
-    first = results.plain(sample) or lines[0]
+    visual = next((f", {line['visual_tokens']:,} visual tokens" for line in lines if line["visual_tokens"]), "")
     pictures = [line for (name, _), line in results.overlays.items() if name == sample]
     return {
         "name": sample,
-        "prompt": first["prompt"],
-        "about": f"{first['video']}, {first['visual_tokens']:,} visual tokens.",
+        "prompt": lines[0]["prompt"],
+        "about": f"{lines[0]['video']}{visual}.",
         "answers": list(_answers(lines, results.plain(sample))),
         "pictures": [_overlay(results, line) for line in pictures],
     }
@@ -137,8 +137,10 @@ def _same(plain: Line, line: Line) -> str | None:
 def _account(line: Line) -> str:
     """Return what an answer took, in a few words."""
     parts = [f"{line['new_tokens_with_eos']} tokens in {line['target_passes']} passes"]
-    parts += [f"MAT {line['mean_accepted_length']:.2f}"] * (line["rounds"] > 0)
-    parts += [f"{line['kept_visual_tokens']:,} visual tokens"] * (line["rounds"] > 0)
+    if line["rounds"]:
+        parts.append(f"MAT {line['mean_accepted_length']:.2f}")
+    if line["kept_visual_tokens"] is not None:
+        parts.append(f"{line['kept_visual_tokens']:,} kept")
     return ", ".join(parts)
 
 

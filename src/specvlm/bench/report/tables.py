@@ -159,18 +159,18 @@ def by_depth(results: Results) -> list[Table]:
     if not deepest:
         return []
 
-    def rows(step: int) -> tuple[tuple[Cell, ...], ...]:
-        """Return the shares, given the depth `step` before; all rounds are given where that is none."""
-        givens = [depth - step if step else 0 for depth in deepest]
-        return tuple(
-            (method, *(share_at(mine, depth, given) for depth, given in zip(deepest, givens, strict=True)))
-            for method, mine in lines.items()
-        )
+    def cell(mine: Sequence[Line], depth: int, step: int) -> Estimate | None:
+        """Return the share given the depth `step` before, of all rounds where that is none."""
+        return share_at(mine, depth, depth - step if step else 0) if depth <= depths(mine) else None
 
-    note = "Over all rounds of all samples. Where a round drafted less deep, the depth counts as not accepted."
+    of_all, of_before = (
+        tuple((method, *(cell(mine, depth, step) for depth in deepest)) for method, mine in lines.items())
+        for step in (0, 1)
+    )
+    note = "Over all rounds of all samples; one that drafted less deep did not accept. Empty: none accepted so deep."
     return [
-        Table("depths", "Share of rounds that accepted a node of a depth", columns, rows(0), (note,)),
-        Table("depths-given", "The same, of the rounds that accepted one of the depth before", columns, rows(1)),
+        Table("depths", "Share of rounds that accepted a node of a depth", columns, of_all, (note,)),
+        Table("depths-given", "The same, of the rounds that accepted one of the depth before", columns, of_before),
     ]
 
 
