@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -76,14 +77,15 @@ def test_two_videos_give_their_range():
     assert stats.median([1, 1, 4, 10], "aaab") == Estimate(2.5, 1, 10)
 
 
-def test_resampled_medians_are_those_of_the_samples_drawn():
-    dice = np.random.default_rng(0)
-    values, videos = dice.normal(size=23), np.sort(dice.integers(0, 7, size=23))
-    found = stats.median(values.tolist(), videos.tolist())
-    draws = stats._draws(len(set(videos.tolist())))
+@pytest.mark.parametrize("count", [6, 7, 8, 23])
+def test_resampled_medians_are_those_of_the_samples_drawn(count):
+    dice = np.random.default_rng(count)
+    values = dice.permutation(2.0 ** np.arange(count))  # far apart, so that middles between two are seen
+    videos = np.arange(count) if count < 10 else np.sort(dice.integers(0, 7, size=count))
     numbers = np.unique(videos, return_inverse=True)[1]
-    slow = [np.median(np.repeat(values, draw[numbers])) for draw in draws]
-    tail = stats._tail(len(set(videos.tolist())))
+    slow = [np.median(np.repeat(values, draw[numbers])) for draw in stats._draws(numbers.max() + 1)]
+    tail = stats._tail(numbers.max() + 1)
+    found = stats.median(values.tolist(), videos.tolist())
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, [tail, 1 - tail])))
 
 
@@ -109,7 +111,16 @@ def small(tmp_path):
         # rounds accept 2, 0 and, cut by the end, 0 tokens
         runs.answer("a", "tree", ids=one, ms=4, first_s=1.5, drafted=(0, 25, 25, 25), tokens=(1, 3, 1, 1)),
         # a round accepts 1 token, then a pass drafts none
-        runs.answer("b", "tree", ids=(5, 6, 9, 8), ms=5, first_s=3.5, drafted=(0, 25, 0), tokens=(1, 2, 1)),
+        runs.answer(
+            "b",
+            "tree",
+            ids=(5, 6, 9, 8),
+            ms=5,
+            first_s=3.5,
+            drafted=(0, 25, 0),
+            tokens=(1, 2, 1),
+            peak_memory_bytes=2 << 30,
+        ),
         runs.answer("a", "lookup", ids=one, ms=24, peak_memory_bytes=5 << 30, **plain),
         {"kind": "failure", "sample": "b", "video": "b.mp4", "method": "lookup", "text": "once"},
         {"kind": "failure", "sample": "b", "video": "b.mp4", "method": "lookup", "text": "twice"},
@@ -136,7 +147,7 @@ def test_the_main_table_by_hand(small):
     # plain takes 1.06 and 3.03 s, the tree 1.52 and 3.515 s
     assert column(table, "end to end, s")["tree"].value == pytest.approx((1.52 + 3.515) / 2)
     assert column(table, "speedup end to end")["tree"].value == pytest.approx((1.06 / 1.52 + 3.03 / 3.515) / 2)
-    assert column(table, "peak memory, GiB") == {"plain": 1.5, "tree": 1.5, "lookup": 5}
+    assert column(table, "peak memory, GiB") == {"plain": 1.5, "tree": 2, "lookup": 5}
 
 
 def test_acceptance_by_depth_by_hand(small):
@@ -170,9 +181,10 @@ def test_what_differs_what_failed_and_what_was_left_out(small):
 
 
 def test_a_difference_of_which_the_journal_says_nothing_is_found_all_the_same(tmp_path):
-    lines = [runs.answer("a", "plain", ids=(5, 6)), runs.answer("a", "tree", ids=(5, 6, 7))]
+    lines = [runs.answer("a", "plain", ids=(5, 6)), runs.answer("a", "tree", ids=(5, 6, runs.EOS))]  # the same text
     [run] = loaded(runs.put(tmp_path, runs.origin(runs.FEW, 1), *lines))
-    assert tables.differences(run).rows == (("a", "tree", 2, "end of text", "7", None),)
+    assert tables.differences(run).rows == (("a", "tree", 2, "end of text", str(runs.EOS), None),)
+    assert column(tables.methods(run), "identical")["tree"] == Count(0, 1)
 
 
 def test_all_identical_is_one_line(tmp_path):
@@ -241,26 +253,29 @@ def test_two_runs_by_hand(small, tmp_path):
         runs.answer("a", "tree", ids=(5, 6, 7), ms=8, drafted=(0, 25), tokens=(1, 5)),  # MAT 4 beside 2 / 3
         runs.answer("b", "tree", ids=(5, 6, 9, 8), ms=5, drafted=(0, 25, 25), tokens=(1, 2, 2)),  # 1 beside 1
         runs.answer("b", "plain", prompt="Another question?"),
-        runs.answer("c", "tree"),
+        runs.answer("c", "tree", ms=15, drafted=(0, 25), tokens=(1, 3)),  # nothing was drafted in the first run
+        runs.answer("d", "tree"),
     ]
+    with (small / "answers.jsonl").open("a") as file:
+        file.write(json.dumps(runs.answer("c", "tree", ms=10)) + "\n")
     methods = {"plain": {"drafter": "none"}, "tree": {"drafter": "model", "pruner": "uniform"}, "new": {}}
-    second = runs.put(tmp_path / "second", runs.origin(methods, 3, gpu="NVIDIA H200", command="other"), *lines)
+    second = runs.put(tmp_path / "second", runs.origin(methods, 4, gpu="NVIDIA H200", command="other"), *lines)
     compared, differing = tables.of_two(*loaded(small, second))
     [row] = compared.rows
     names = [one.name for one in compared.columns]
     found = dict(zip(names, row, strict=True))
     assert found["method"] == "tree"
-    assert found["samples"] == 2
-    assert found["same tokens"] == Count(1, 2)
+    assert found["samples"] == 3
+    assert found["same tokens"] == Count(2, 3)
     assert found["MAT, small"].value == pytest.approx(5 / 6)
     assert found["MAT, second"].value == 2.5
     assert found["MAT, difference"] == Estimate(pytest.approx(5 / 3), 0, pytest.approx(10 / 3))
     assert found["ms a token, ratio"] == Estimate(1.5, 1, 2)
-    assert compared.notes[0].startswith("2 samples are in both runs, of 2 in small and 3 in second")
+    assert compared.notes[0].startswith("3 samples are in both runs, of 3 in small and 4 in second")
     assert compared.notes[-2:] == ("Only in small: lookup.", "Only in second: new.")
     assert differing.rows == (
         ("gpu", "null", '"NVIDIA H200"'),
-        ("samples", "2", "3"),
+        ("samples", "2", "4"),
         ("methods.tree.pruner", '"none"', '"uniform"'),
     )
 
@@ -493,7 +508,7 @@ def test_pictures_are_made_small_and_missing_ones_are_named(tmp_path):
     missing = {"kind": "overlay", "sample": "clip00", "method": "tree", "file": "none.png", "summary": "tree keeps all"}
     runs.run(tmp_path, runs.FEW, 2)
     with (tmp_path / "answers.jsonl").open("a") as file:
-        file.write(runs.json.dumps(missing) + "\n")
+        file.write(json.dumps(missing) + "\n")
     [run] = loaded(tmp_path)
     one, other = page._sample(run, "clip00")["pictures"]
     assert one["data"].startswith("data:image/jpeg;base64,")
