@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CLIP := src/specvlm/bundled/clips/example.mp4
 
-.PHONY: demo test lint acceptance clean
+.PHONY: demo test lint report studies clean
 
 # torch comes first and pinned: left to itself, pip takes a build with several gigabytes of GPU packages
 .venv/demo: pyproject.toml
@@ -15,11 +15,16 @@ CLIP := src/specvlm/bundled/clips/example.mp4
 	$(BIN)/pip install -q -e .
 	touch $@
 
+.venv/report: .venv/demo
+	$(BIN)/pip install -q -e ".[bench]"
+	touch $@
+
 # Beside the environment, never in it: torchvision, the oracle for pixels, which without its own build of torch breaks
-# transformers when it is imported, and the older transformers that is served as well.
+# transformers when it is imported, lmms-eval, which asks for an older av, and the older transformers that is served.
 .venv/test: .venv/demo
 	$(BIN)/pip install -q -e ".[test,bench]" "transformers==5.23.0" "triton==3.9.0"
 	$(BIN)/pip install -q --no-deps --target .venv/oracle torchvision==0.28.0
+	$(BIN)/pip install -q --no-deps --target .venv/lmms -r tests/lmms_task/requirements.txt
 	$(BIN)/pip install -q --no-deps --target .venv/older transformers==5.17.0 "huggingface_hub<2"
 	touch $@
 
@@ -34,11 +39,16 @@ lint: .venv/test
 
 test: lint
 	$(BIN)/pytest -n 2
+	PYTHONPATH=.venv/lmms $(BIN)/pytest tests/test_lmms.py
 	PYTHONPATH=.venv/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py
 
-# remakes docs/acceptance.md and its data; about half an hour on one core
-acceptance: .venv/demo
-	OMP_NUM_THREADS=1 $(BIN)/specvlm bench acceptance --page docs/acceptance.md --out results/cpu/acceptance.jsonl
+# the report of the bundled pair on its 40 held-out clips: build/report/report.html
+report: .venv/report
+	$(BIN)/specvlm bench quality --out build/report
+
+# what docs/studies.md teaches, measured again into build/studies; about an hour on one core
+studies: .venv/report
+	BIN=$(BIN) bash results/cpu/studies/run.sh build/studies
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from specvlm.bench.journal import Journal, Line
 from specvlm.bench.methods import GENERATE, PLAIN
 from specvlm.bench.provenance import command_line, provenance
 from specvlm.compare import first_difference, ms_a_token
-from specvlm.engine import Prefilled, Request, SpecVLM
+from specvlm.engine import Prefilled, Request, SpecVLM, bundled
 from specvlm.errors import ConfigError, SpecVLMError, memory_errors
 from specvlm.inspect import inspect
 from specvlm.ties import logit_gap
@@ -77,12 +78,19 @@ def origin(model: SpecVLM, data: Data, protocol: Protocol) -> Line:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": data.name,
         "samples": len(data.samples),
-        **{name: models[name] for name in ("target", "draft", "device", "draft_device", "draft_quant", "dtype")},
+        **{name: _without_folder(models[name]) for name in ("target", "draft")},
+        **{name: models[name] for name in ("device", "draft_device", "draft_quant", "dtype")},
         "gpu": gpu_name(model.target.device),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         **asdict(protocol),
     }
+
+
+def _without_folder(name: str | None) -> str | None:
+    """Return a model's name; the bundled ones are the same wherever they lie."""
+    home = str(Path(bundled("target")).parent.parent)
+    return name if name is None else name.removeprefix(home + os.sep)
 
 
 def check(model: SpecVLM, protocol: Protocol) -> None:
