@@ -37,7 +37,7 @@ def _add_quality(questions: Any) -> None:
     parser.add_argument("--preset", metavar="NAME", help=text)
     group = parser.add_argument_group("Methods")
     text = "plain, generate (transformers' own), chain and tree (unpruned), auto, or a pruner or drafter, each perhaps "
-    text += "with @keep_ratio [default: plain,generate,chain,tree,verifier,attention,uniform,random,auto]"
+    text += "with @keep_ratio [default: plain,generate,chain,tree,verifier,uniform,random,auto]"
     group.add_argument("--methods", metavar="A,B", help=text)
     text = "what each pruner is crossed with [default: 0.1]"
     group.add_argument("--keep-ratios", metavar="X,Y", default=argparse.SUPPRESS, help=text)

@@ -19,7 +19,7 @@ from specvlm.bench.report.stats import Estimate
 def of_run(results: Results) -> list[Table]:
     """Return the tables of a run; failures and problems only where there are any."""
     spoilt = [table for table in (failures(results), problems(results)) if table.rows]
-    return [methods(results), *by_depth(results), differences(results), *spoilt]
+    return [methods(results), *paired(results), *by_depth(results), differences(results), *spoilt]
 
 
 def _mean(name: str, lines: Sequence[Line]) -> Estimate | None:
@@ -100,6 +100,13 @@ _COLUMNS: Mapping[Column, Callable[[Results, str], Cell]] = {
     Column("speedup end to end", ".2f"): lambda results, method: speedup(results, method, end_to_end),
     Column("peak memory, GiB", ".2f"): _peak,
 }
+_KEPT = (
+    "drafter",
+    "tree",
+    "policy",
+    "keep_ratio",
+    "keep_tokens",
+)  # equal for methods that differ in what is kept alone
 _OTHERWISE = ("kind", "command", "started")  # what two runs may have otherwise without being told apart by it
 _COUNTING = (
     "Identical: the same token ids as plain decoding's. MAT is accepted draft tokens a round, without the bonus token; "
@@ -130,6 +137,32 @@ def methods(results: Results) -> Table:
     rows = tuple(zip(*(cells[column] for column in kept), strict=True))
     notes = (*_COUNTING, _intervals(results.num_videos)) if rows else ("There is no answer yet.",)
     return Table("methods", "Methods", tuple(kept), rows, notes)
+
+
+def paired(results: Results) -> list[Table]:
+    """Return how much more each pruned method had accepted than the first one that kept the same share."""
+    rows, firsts = [], dict[str, str]()
+    for method in results.drafting:
+        settings = results.settings(method)
+        kept = json.dumps([settings.get(name) for name in _KEPT])
+        first = firsts.setdefault(kept, method)
+        if settings["pruner"] != "none" and method != first:
+            pairs = _pairs(results, first, method)
+            values = ([line["mean_accepted_length"] for line in lines] for lines in _unzipped(pairs))
+            rows.append((method, first, len(pairs), stats.mean_difference(*values, _videos(_unzipped(pairs)[0]))))
+    columns = (Column("method"), Column("beside"), Column("samples", "d"), Column("MAT, difference", "+.2f"))
+    note = "Paired by sample: an interval that leaves out 0 ranks the two, also where those of the table above overlap."
+    return (
+        [Table("paired", "MAT beside the first method that keeps as much", columns, tuple(rows), (note,))]
+        if rows
+        else []
+    )
+
+
+def _pairs(results: Results, first: str, second: str) -> list[tuple[Line, Line]]:
+    """Return both methods' answers to the samples that both drafted for."""
+    mine = {line["sample"]: line for line in results.drafted(second)}
+    return [(line, mine[line["sample"]]) for line in results.drafted(first) if line["sample"] in mine]
 
 
 def depths(lines: Sequence[Line]) -> int:
@@ -185,7 +218,7 @@ def differences(results: Results) -> Table:
     )  # fmt: skip
     note = (
         "The first token that differs, counted from 0; the gap is the logit of plain decoding's token minus the "
-        "other's, as plain decoding saw them: empty where the other was not among its eight largest."
+        "other's, as plain decoding saw them: empty where one of the two texts had ended."
     )
     same = f"All {results.compared:,} answers have exactly plain decoding's tokens."
     none = same if results.compared else "There is nothing of plain decoding to compare with."
