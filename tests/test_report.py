@@ -153,6 +153,47 @@ def test_the_main_table_by_hand(small):
     assert column(table, "peak memory, GiB") == {"plain": 1.5, "tree": 2, "lookup": 5}
 
 
+def test_methods_that_keep_as_much_are_paired_by_sample(tmp_path):
+    tree = {"drafter": "model", "tree": "paper", "policy": "fixed"}
+    methods = {
+        "plain": {"drafter": "none"},
+        "tree": tree | {"pruner": "none"},
+        "chain": tree | {"tree": "chain:5", "pruner": "none"},
+        "moved": tree | {"pruner": "none", "keep_ratio": 0.1, "positions": "repacked"},
+        "a": tree | {"pruner": "a"},  # at the default's 0.1
+        "b": tree | {"pruner": "b", "keep_ratio": 0.1},
+        "c": tree | {"pruner": "c", "keep_ratio": 0.5},
+        "d": tree | {"pruner": "d", "keep_tokens": 9},
+        "e": tree | {"pruner": "e", "drafter": "self"},
+    }
+    accepted = {
+        "tree": (4, 5),
+        "moved": (1, 3),
+        "a": (3, 4),
+        "b": (4, 2),
+        "chain": (5, 5),
+        "c": (0, 0),
+        "d": (1, 1),
+        "e": (2, 2),
+    }
+    lines = [
+        runs.answer(sample, method, drafted=(0, 25), tokens=(1, counts[place] + 1))
+        for place, sample in enumerate("xy")
+        for method, counts in accepted.items()
+        if (sample, method) != ("y", "c")
+    ]
+    [run] = loaded(runs.put(tmp_path / "run", runs.origin(methods, 2), *lines))
+    [table] = tables.paired(run)
+    assert table.rows == (
+        ("moved", "tree", 2, Estimate(-2.5, -3, -2)),
+        ("b", "a", 2, Estimate(-0.5, -2, 1)),
+    )
+    assert table in tables.of_run(run)
+    alone = {name: methods[name] for name in ("plain", "tree", "a")}
+    [run] = loaded(runs.put(tmp_path / "alone", runs.origin(alone, 2), *lines))
+    assert tables.paired(run) == []
+
+
 def test_acceptance_by_depth_by_hand(small):
     [run] = loaded(small)
     of_all, of_before = tables.by_depth(run)

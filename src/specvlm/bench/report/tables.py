@@ -100,13 +100,6 @@ _COLUMNS: Mapping[Column, Callable[[Results, str], Cell]] = {
     Column("speedup end to end", ".2f"): lambda results, method: speedup(results, method, end_to_end),
     Column("peak memory, GiB", ".2f"): _peak,
 }
-_KEPT = (
-    "drafter",
-    "tree",
-    "policy",
-    "keep_ratio",
-    "keep_tokens",
-)  # equal for methods that differ in what is kept alone
 _OTHERWISE = ("kind", "command", "started")  # what two runs may have otherwise without being told apart by it
 _COUNTING = (
     "Identical: the same token ids as plain decoding's. MAT is accepted draft tokens a round, without the bonus token; "
@@ -140,23 +133,27 @@ def methods(results: Results) -> Table:
 
 
 def paired(results: Results) -> list[Table]:
-    """Return how much more each pruned method had accepted than the first one that kept the same share."""
+    """Return how much more each method had accepted than the first one that drafted and kept as much."""
     rows, firsts = [], dict[str, str]()
     for method in results.drafting:
-        settings = results.settings(method)
-        kept = json.dumps([settings.get(name) for name in _KEPT])
-        first = firsts.setdefault(kept, method)
-        if settings["pruner"] != "none" and method != first:
-            pairs = _pairs(results, first, method)
-            values = ([line["mean_accepted_length"] for line in lines] for lines in _unzipped(pairs))
-            rows.append((method, first, len(pairs), stats.mean_difference(*values, _videos(_unzipped(pairs)[0]))))
+        first = firsts.setdefault(_kept(results, method), method)
+        if method != first:
+            before, after = _unzipped(_pairs(results, first, method))
+            mats = ([line["mean_accepted_length"] for line in lines] for lines in (before, after))
+            found = stats.mean_difference(next(mats), next(mats), _videos(before))
+            rows.append((method, first, len(before), found))
     columns = (Column("method"), Column("beside"), Column("samples", "d"), Column("MAT, difference", "+.2f"))
     note = "Paired by sample: an interval that leaves out 0 ranks the two, also where those of the table above overlap."
-    return (
-        [Table("paired", "MAT beside the first method that keeps as much", columns, tuple(rows), (note,))]
-        if rows
-        else []
-    )
+    title = "MAT beside the first method with the same tree that keeps as much"
+    return [Table("paired", title, columns, tuple(rows), (note,))] if rows else []
+
+
+def _kept(results: Results, method: str) -> str:
+    """Return what is equal for methods that differ in which tokens the draft sees alone."""
+    settings = results.settings(method)
+    is_whole = settings["pruner"] == "none"
+    drafts = [settings.get(name) for name in ("drafter", "tree", "policy")]
+    return json.dumps([*drafts, *((1.0, None) if is_whole else (settings["keep_ratio"], settings["keep_tokens"]))])
 
 
 def _pairs(results: Results, first: str, second: str) -> list[tuple[Line, Line]]:
