@@ -22,6 +22,7 @@ BIN = 16  # tokens of the text, over which acceptance is averaged
 _LINES = 8  # methods that can be told apart as lines
 _DOTS = 400  # points that can be told apart
 _WRITTEN = 16  # columns of a table of colours whose values are written in them
+_STAGES = "other is what no stage accounts for. Medians of stages need not add up to the median of the whole."
 _LENGTHS = 6  # bins of visual tokens
 _VISIBLE = 0.001  # of the longest bar, below which a stage is not seen
 _REACHED = 0.25  # of the answers that must reach a place in the text
@@ -250,8 +251,8 @@ def _known(points: Iterable[tuple[float, Estimate | None]]) -> Points:
 
 
 def stages(results: Results) -> Drawing:
-    """Draw the mean seconds of an answer, stacked by stage."""
-    slug, title = "stages", "Mean seconds of an answer by stage"
+    """Draw the median seconds of each stage, stacked: one disturbed answer moves no bar."""
+    slug, title = "stages", "Median seconds of each stage of an answer"
     all_methods = {method: [line["seconds"] for line in results.of(method) if end_to_end(line) is not None]
                    for method in results.methods}  # fmt: skip
     timed = {method: seconds for method, seconds in all_methods.items() if seconds}
@@ -259,15 +260,15 @@ def stages(results: Results) -> Drawing:
         return Drawing(slug, title, "Nothing was timed.", None)
     split = {method: [_stages(one) for one in seconds] for method, seconds in timed.items()}
     names = list(dict.fromkeys(name for seconds in split.values() for one in seconds for name in one))
-    means = {name: [statistics.fmean(one.get(name, 0.0) for one in seconds) for seconds in split.values()]
-             for name in names}  # fmt: skip
-    longest = max(statistics.fmean(one["total"] for one in seconds) for seconds in timed.values())
+    medians = {name: [statistics.median(one.get(name, 0.0) for one in seconds) for seconds in split.values()]
+               for name in names}  # fmt: skip
+    longest = max(statistics.median(one["total"] for one in seconds) for seconds in timed.values())
     drawn, axes = style.bars(title, len(split))
-    style.stacked(axes, {name: lengths for name, lengths in means.items() if max(lengths) > _VISIBLE * longest})
+    style.stacked(axes, {name: lengths for name, lengths in medians.items() if max(lengths) > _VISIBLE * longest})
     axes.set_yticks(range(len(split)), list(split), fontsize=8)
     axes.set_xlabel("seconds")
     drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return Drawing(slug, title, "From the file to the last token; other is what no stage accounts for.", drawn)
+    return Drawing(slug, title, f"From the file to the last token; {_STAGES}", drawn)
 
 
 def _stages(seconds: Mapping[str, float]) -> dict[str, float]:
