@@ -405,7 +405,7 @@ def test_malformed_data_are_reported_by_line_and_stop_nothing(tmp_path, capsys):
     where = [problem["where"] for problem in run.of_kind("problem")]
     assert {text.split(", ")[-1] for text in where} == {"line 2", "line 3", "line 4", "line 5"}
     error = capsys.readouterr().err
-    assert [f"line {number}: " in error for number in range(1, 7)] == [False, True, True, True, True, False]
+    assert [f"warning: data.jsonl, line {number}: " in error for number in range(1, 7)] == [False, True, True, True, True, False]
 
 
 def test_a_pruner_from_a_file_is_ranked_beside_the_others(tmp_path, monkeypatch):
