@@ -90,6 +90,16 @@ def source(data, sample_id):
     return sample.video, sample.prompt
 
 
+def test_what_comes_once_is_no_time_of_a_token(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality._Runner, "warm_up", lambda *args: None)
+    run = ran(pair, samples(1), protocol("plain", "auto"), tmp_path)
+    line = run.answers["sample 0", "auto"]
+    seconds = line["seconds"]
+    assert seconds["calibrate"] > 0
+    later = seconds["total"] - seconds["time_to_first_token"] - seconds["calibrate"]
+    assert line["ms_per_token"] == pytest.approx(1e3 * later / (line["new_tokens_with_eos"] - 1))
+
+
 def test_an_end_of_sequence_token_is_counted_once_and_apart(pair, tmp_path, monkeypatch):
     ids = pair.generate(*source(samples(), "sample 0"), drafter="none", max_new_tokens=LENGTH).token_ids
     monkeypatch.setattr(pair.target, "eos_ids", frozenset([ids[9]]))
@@ -405,7 +415,14 @@ def test_malformed_data_are_reported_by_line_and_stop_nothing(tmp_path, capsys):
     where = [problem["where"] for problem in run.of_kind("problem")]
     assert {text.split(", ")[-1] for text in where} == {"line 2", "line 3", "line 4", "line 5"}
     error = capsys.readouterr().err
-    assert [f"warning: data.jsonl, line {number}: " in error for number in range(1, 7)] == [False, True, True, True, True, False]
+    assert [f"warning: data.jsonl, line {number}: " in error for number in range(1, 7)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_pruner_from_a_file_is_ranked_beside_the_others(tmp_path, monkeypatch):

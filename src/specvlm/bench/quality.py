@@ -7,7 +7,8 @@ The protocol:
 - A sample's methods run one after another in random order, so that nothing favours one of them; each is a whole
   request, from the file to the last word, its stages timed to the end of the device's work.
 - All are counted alike: new tokens without and with the end-of-sequence token; a round is a target pass that verifies
-  drafted tokens; a token's time is that of those after the first, pruning and the draft's prefill included.
+  drafted tokens; a token's time is that of those after the first, pruning and the draft's prefill included. What comes
+  once for a length (timing passes, capturing graphs) is left out of it and stands in the stages and the whole.
 - Every answer is compared with plain decoding's. Where they part, the place is noted, and how near the two tokens'
   logits were when plain decoding chose.
 - Each answer is one line of the journal, written before the next begins. A killed run goes on where it stopped, in the
@@ -41,7 +42,7 @@ from specvlm.bench.hardware import gpu_name
 from specvlm.bench.journal import Journal, Line
 from specvlm.bench.methods import GENERATE, PLAIN
 from specvlm.bench.provenance import command_line, provenance
-from specvlm.compare import first_difference, ms_a_token
+from specvlm.compare import first_difference
 from specvlm.engine import Prefilled, Request, SpecVLM, bundled
 from specvlm.errors import ConfigError, SpecVLMError, memory_errors
 from specvlm.inspect import inspect
@@ -335,7 +336,7 @@ def _line(model: SpecVLM, generation: Generation, *, is_timed: bool) -> Line:
     per_pass[-1] -= sum(per_pass) - len(generation.token_ids)  # a stop string cuts the last
     times: Line = {
         "seconds": generation.seconds.to_dict(),
-        "ms_per_token": ms_a_token(generation),
+        "ms_per_token": _ms_per_token(generation),
         "peak_memory_bytes": generation.peak_memory_bytes,
     }
     return {
@@ -348,6 +349,12 @@ def _line(model: SpecVLM, generation: Generation, *, is_timed: bool) -> Line:
         "tokens_per_pass": per_pass,
         **(times if is_timed else dict.fromkeys(times)),
     }
+
+
+def _ms_per_token(generation: Generation) -> float:
+    seconds, later = generation.seconds, len(generation.token_ids) - 1
+    once = seconds["calibrate"] + seconds["capture"]
+    return 1e3 * (seconds.total - seconds.time_to_first_token - once) / max(1, later)
 
 
 def _speculated(speculation: Speculation) -> Line:

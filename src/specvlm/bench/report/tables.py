@@ -107,7 +107,8 @@ _COUNTING = (
     "passes and new tokens are means over samples, as published tables have them; times and speedups are medians over "
     "samples, speedups paired by sample with plain decoding; peak memory is the largest.",
     "New tokens leave the end-of-sequence token out, with EOS counts it. ms a token is that of tokens after the first, "
-    "pruning and the draft's prefill included; TTFT is the time to the first token.",
+    "pruning and the draft's prefill included, what comes once for a length (timed passes, captured graphs) left out; "
+    "TTFT is the time to the first token. Peak memory holds the weights of both models, whatever a method uses.",
 )
 
 
