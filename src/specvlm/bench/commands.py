@@ -26,7 +26,7 @@ def add(questions: Any) -> None:
 
 
 def _add_quality(questions: Any) -> None:
-    text = "answer a data set by every method: acceptance, time, memory, and whether the words are plain decoding's"
+    text = "answer a data set by every method: acceptance, time, memory; exit 1 if fp32 words are not plain decoding's"
     parser = questions.add_parser("quality", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=_bench_quality)
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
@@ -115,6 +115,8 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     data = read_data(args, status, **defaults)
     shared = {**(preset.settings if preset else {}), **args.settings}
     methods, shared = _methods(args, shared)
+    import torch
+
     from specvlm.bench import quality
     from specvlm.engine import SpecVLM
 
@@ -123,13 +125,14 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     model = SpecVLM.from_pretrained(**options, watch=status.show)
     quality.check(model, protocol)
     with Journal(args.out, quality.origin(model, data, protocol)) as journal:
-        quality.run(model, data, protocol, journal, watch=status.show)
+        lines = quality.run(model, data, protocol, journal, watch=status.show)
     status.clear()
     if not args.no_report:
         from specvlm.bench import report
 
         print(report.build([args.out], args.out).markdown, end="")
-    return 0
+    is_exact = model.target.dtype == torch.float32
+    return 1 if is_exact and any(line["kind"] == "difference" for line in lines) else 0
 
 
 def _methods(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
