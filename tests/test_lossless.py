@@ -8,7 +8,7 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, cli
+from specvlm import ConfigError, SpecVLM, attention, cli, reference
 from specvlm.lossless import WAYS, verify
 from specvlm.model import VideoLM
 from specvlm.verify import Verifier
@@ -23,7 +23,7 @@ def test_in_fp32_every_way_gives_the_same_ids(pair):
     assert [check.name for check in proof.found] == [
         "plain and generate()",
         *(f"plain and {way}" for way in WAYS),
-        "sampled, plain and speculative",
+        "sampled, plain and paper's tree",
     ]
     ids = pair.generate(tiny.video(6), PROMPT, drafter="none", **SHORT).token_ids
     assert proof.num_tokens == len(ids)
@@ -50,12 +50,27 @@ def test_a_verifier_that_takes_what_is_drafted_is_seen(pair, monkeypatch):
         assert not check.is_equal
         assert check.gap > 0
         assert f"plain and {way}: DIFFERS first at token {check.difference.index}, " in proof.text()
+    assert not found["sampled, plain and paper's tree"].is_equal
 
 
 def test_a_plain_decoding_that_is_not_transformers_is_seen(pair, monkeypatch):
     monkeypatch.setattr(pair.target.decoder, "scaling", 2 * pair.target.decoder.scaling)
     proof = verify(pair, tiny.video(6), PROMPT, **SHORT)
     assert [check.name for check in proof.found if not check.is_equal] == ["plain and generate()"]
+
+
+def test_generate_runs_with_its_own_attention(pair, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("our attention ran")
+
+    inputs = pair.read(pair.request(tiny.video(6), PROMPT))
+    ids = pair.generate(tiny.video(6), PROMPT, drafter="none", **SHORT).token_ids
+    monkeypatch.setattr(attention, "masked", refuse)
+    found = reference.generate(pair.target, inputs, **SHORT, has_logits=True)
+    assert found.token_ids == ids
+    assert [int(logits.argmax()) for logits in found.logits] == list(ids)
+    assert len(found.arrivals) == len(ids)
+    assert sorted(found.arrivals) == list(found.arrivals)
 
 
 def test_in_half_precision_all_ways_are_judged_up_to_ties():

@@ -12,9 +12,10 @@ from dataclasses import replace
 import media
 import pytest
 import tiny
+import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, cli, prune, reference
+from specvlm import ConfigError, SpecVLM, account, cli, prune, reference
 from specvlm.bench import journal, methods, quality
 from specvlm.bench.data import Data, Problem, Sample
 from specvlm.bench.journal import Journal
@@ -98,6 +99,17 @@ def test_what_comes_once_is_no_time_of_a_token(pair, tmp_path, monkeypatch):
     assert seconds["calibrate"] > 0
     later = seconds["total"] - seconds["time_to_first_token"] - seconds["calibrate"]
     assert line["ms_per_token"] == pytest.approx(1e3 * later / (line["new_tokens_with_eos"] - 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak cannot be begun anew")
+def test_a_peak_is_that_of_one_answer():
+    cpu = torch.device("cpu")
+    account.reset_peak(cpu)
+    large = bytearray(400 << 20)
+    before = account.measure_peak(cpu)
+    del large
+    account.reset_peak(cpu)
+    assert account.measure_peak(cpu) < before - (300 << 20)
 
 
 def test_an_end_of_sequence_token_is_counted_once_and_apart(pair, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def verify(
     plain, sampled = answer("plain", drafter="none", **greedy), answer("sampled", drafter="none", **_SAMPLED)
     others = {f"plain and {GENERATE}": (plain, _generated(model, frames, prompt, settings))}
     others |= {f"plain and {run}": (plain, answer(run, **greedy, **way)) for run, way in WAYS.items()}
-    others["sampled, plain and speculative"] = (sampled, answer("sampled", **_SAMPLED))
+    others["sampled, plain and paper's tree"] = (sampled, answer("sampled", **_SAMPLED, **WAYS["paper's tree"]))
     checks = []
     for run, (one, other) in others.items():
         difference = first_difference(one, other, model)
