@@ -45,7 +45,8 @@ MALFORMED = {
     "deeply nested": (b"[" * 100_000, "it is no JSON"),
     "a list": (["b", "one.mp4"], "no object but list"),
     "no id": ({"video": "one.mp4", "prompt": "What?"}, "it has no id"),
-    "a number as id": ({**GOOD, "id": 7}, "id is 7: give a text"),
+    "true as id": ({**GOOD, "id": True}, "id is True: give a text"),
+    "half a letter": ({**GOOD, "prompt": "\ud800"}, "prompt holds half of a surrogate pair"),
     "no video": ({"id": "b", "prompt": "What?"}, "it has no video"),
     "no prompt": ({"id": "b", "video": "one.mp4"}, "it has no prompt"),
     "an empty prompt": ({**GOOD, "id": "b", "prompt": " \n"}, "prompt is empty"),
@@ -58,6 +59,13 @@ MALFORMED = {
     "a part that ends before it starts": ({**GOOD, "id": "b", "start": 2, "end": 1}, "end=1 is not allowed"),
     "a time that is text": ({**GOOD, "id": "b", "start": "0:10"}, "start='0:10' is not allowed"),
 }
+
+
+def test_an_id_may_be_a_number_and_a_path_is_one_video_however_it_is_written(tmp_path):
+    lines = [{**GOOD, "id": 7}, {**GOOD, "id": 8, "video": f"./{GOOD['video']}"}]
+    found = data.read(str(write(tmp_path, *lines)))
+    assert ids(found) == ["7", "8"]
+    assert len({sample.group for sample in found.samples}) == 1
 
 
 @pytest.mark.parametrize("name", MALFORMED)

@@ -85,6 +85,12 @@ def test_in_half_precision_all_ways_are_judged_up_to_ties():
     assert proof.is_lossless, proof.text()
 
 
+@pytest.mark.parametrize("setting", [{"stop": ("a",)}, {"ignore_eos": True}, {"temperature": 0.5}, {"seed": 3}])
+def test_what_the_proof_cannot_hold_for_is_refused(pair, setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.* is not allowed: greedy texts are compared"):
+        verify(pair, tiny.video(4), **setting)
+
+
 def test_without_a_draft_there_is_nothing_to_prove(pair):
     with pytest.raises(ConfigError, match="leaves nothing to compare"):
         verify(SpecVLM(pair.target), tiny.video(4))
@@ -103,7 +109,7 @@ def test_the_command_proves_clips_or_data(argv, capsys):
     assert cli.main([*common, clip, clip, "--prompt", "What?"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.startswith(f"{clip}: ") for line in out] == [True, True, False]
-    assert out[-1] == "lossless (float32): yes, 2 answers"
+    assert out[-1] == "lossless (float32): yes, 2 questions"
     assert cli.main([*common, "--data", data, "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -112,20 +118,35 @@ def test_the_command_proves_clips_or_data(argv, capsys):
     assert "d.jsonl, line 2" in captured.err
 
 
+def test_a_video_that_cannot_be_read_and_a_part_of_one(argv, tmp_path, capsys):
+    common, clip, data = argv
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    assert cli.main([*common, str(bad), clip, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [proof["lossless"] for proof in found["proofs"]] == [False, True]
+    assert "bad.mp4" in found["proofs"][0]["failure"]
+    (tmp_path / "d.jsonl").write_text('{"id": 7, "video": "a.mp4", "prompt": "What?", "start": 500}\n')
+    assert cli.main([*common, "--data", data]) == 1
+    out = capsys.readouterr().out
+    assert "7: not answered, " in out
+    assert out.endswith("lossless (float32): NO, 1 questions, 1 not answered\n")
+
+
 def test_a_difference_is_exit_status_1(argv, capsys, monkeypatch):
     monkeypatch.setattr("specvlm.lossless._generated", lambda *args: (1, 2))
     common, clip, _ = argv
     assert cli.main([*common, clip]) == 1
     out = capsys.readouterr().out
     assert "plain and generate(): DIFFERS first at token 0" in out
-    assert out.endswith("lossless (float32): NO, 1 answers\n")
+    assert out.endswith("lossless (float32): NO, 1 questions\n")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompt", "What?"], "prompt='What?' is not allowed without a VIDEO"),
-        (["x.mp4", "--limit", "2"], "data and limit are not allowed beside a VIDEO"),
+        (["x.mp4", "--limit", "2"], "limit=2 is not allowed beside a VIDEO"),
     ],
 )
 def test_a_bad_option_is_one_line(options, message, capsys):

@@ -65,6 +65,15 @@ def test_without_attention_the_verifier_is_uniform():
     assert keep(config, grid, torch.rand(64)).tolist() == uniform.tolist()
 
 
+@pytest.mark.parametrize("wrong", [[0, 1, 2], [0, 0], [-1, 0], [0, 40]])
+@pytest.mark.parametrize("per_visual", [False, True])
+def test_a_pruner_that_returns_what_it_must_not_is_named(monkeypatch, wrong, per_visual):
+    monkeypatch.setitem(prune.PRUNERS, "wrong", lambda scores, grid, count: torch.tensor(wrong))
+    config = PruneConfig(pruner="wrong", keep_tokens=2, per_visual=per_visual)
+    with pytest.raises(ConfigError, match="indices that are not at most 2 distinct"):
+        prune.select(torch.ones(40), cells(10, 2, 2), torch.zeros(40, dtype=torch.int64), config)
+
+
 def test_grid_spacing_covers_every_block_where_sequence_spacing_meets_one_column():
     grid = cells(8, 8, 8)
     on_grid = grid[keep(PruneConfig(keep_tokens=64, pruner="uniform"), grid)]

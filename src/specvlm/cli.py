@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from specvlm.bench import commands as bench_commands
 from specvlm.config import EngineConfig
-from specvlm.errors import ConfigError, MediaError, SpecVLMError, memory_errors
+from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors
 from specvlm.options import PARTS, Parser, add_data, add_model, add_settings, given, load, read_data
 from specvlm.status import Status, quiet_libraries
 
@@ -66,7 +66,8 @@ def _fail(message: str, code: int = 2) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]!r}; see specvlm {args.command} --help")
+        command = " ".join(filter(None, (args.command, getattr(args, "question", None))))
+        raise ConfigError(f"unknown argument {unknown[0]!r}; see specvlm {command} --help")
     args.settings = given(args)
     return args
 
@@ -275,16 +276,25 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
     from specvlm import lossless
 
     if args.sources:
-        if args.data or args.limit:
-            raise ConfigError("data and limit are not allowed beside a VIDEO: leave one of them out")
-        samples = [(source, source, args.prompt) for source in args.sources]
+        for name in ("data", "data_dir", "ask", "limit"):
+            if getattr(args, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(args, name)!r} is not allowed beside a VIDEO: leave one of them out"
+                )
+        samples: list[tuple[str, Any, str | None, Any]] = [(name, name, args.prompt, {}) for name in args.sources]
     else:
         if args.prompt is not None:
             raise ConfigError(f"prompt={args.prompt!r} is not allowed without a VIDEO: name one")
-        samples = [(sample.id, sample.video, sample.prompt) for sample in read_data(args, status).samples]
+        found = read_data(args, status).samples
+        samples = [(sample.id, sample.video, sample.prompt, sample.settings) for sample in found]
     model, proofs = load(args, status), []
-    for name, source, prompt in samples:
-        proofs.append(lossless.verify(model, source, prompt, name=name, watch=status.stages))
+    for name, source, prompt, settings in samples:
+        try:
+            with memory_errors():
+                proof = lossless.verify(model, source, prompt, name=name, watch=status.stages, **settings)
+        except (MediaError, CapacityError) as error:  # the others are proved all the same
+            proof = lossless.Proof(name, 0, (), " ".join(str(error).split()))
+        proofs.append(proof)
         status.clear()
         if not args.json:
             print(proofs[-1].text(), flush=True)
@@ -292,7 +302,9 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
     if args.json:
         _print_json({"lossless": is_lossless, "dtype": model.models["dtype"], "proofs": [p.to_dict() for p in proofs]})
     else:
-        print(f"lossless ({model.models['dtype']}): {'yes' if is_lossless else 'NO'}, {len(proofs)} answers")
+        failed = sum(proof.failure is not None for proof in proofs)
+        told = f", {failed} not answered" if failed else ""
+        print(f"lossless ({model.models['dtype']}): {'yes' if is_lossless else 'NO'}, {len(proofs)} questions{told}")
     return 0 if is_lossless else 1
 
 

@@ -102,9 +102,13 @@ def _cells(generation: Generation) -> tuple[str, ...]:
 
 
 def ms_a_token(generation: Generation) -> float:
-    """Return the milliseconds of a token after the first, pruning and the draft's prefill included."""
+    """Return the milliseconds of a token after the first, 0 where there is none.
+
+    Pruning and the draft's prefill are in it; what comes once for a length (timed passes, captured graphs) is not.
+    """
     seconds, later = generation.seconds, generation.usage.completion_tokens - 1
-    return 1000 * (seconds.total - seconds.time_to_first_token) / later if later else 0.0
+    spent = seconds.total - seconds.time_to_first_token - seconds["calibrate"] - seconds["capture"]
+    return 1000 * spent / later if later else 0.0
 
 
 def compare(

@@ -7,14 +7,16 @@ so every way of decoding, generate() among them, is judged as `ties` does: equal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from specvlm import reference, video
 from specvlm.compare import Difference, check_draft, first_difference
+from specvlm.config import SamplingConfig
 from specvlm.engine import SpecVLM
+from specvlm.errors import ConfigError
 from specvlm.ties import Tie, logit_gap, ties
 
 GENERATE = "generate()"
@@ -23,6 +25,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {  # of decoding speculatively, beside t
     "paper's tree": {"tree": "paper", "policy": "fixed"},
     "chain of 5": {"tree": "chain:5", "policy": "fixed"},
 }
+_GIVEN = {"max_new_tokens", "repetition_penalty"}  # what generate() is given as well
 _SAMPLED = {"temperature": 1.0, "seed": 0}  # the noise belongs to the place in the text: sampled texts are equal, too
 
 
@@ -43,19 +46,25 @@ class Proof:
     name: str
     num_tokens: int
     found: Sequence[Check | Tie]
+    failure: str | None = None  # why it was not answered
 
     @property
     def is_lossless(self) -> bool:
         """Whether all ids are equal, in half precision up to ties."""
-        return all(check.is_equal if isinstance(check, Check) else check.is_tie for check in self.found)
+        return self.failure is None and all(
+            check.is_equal if isinstance(check, Check) else check.is_tie for check in self.found
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
         checks = [asdict(check) | ({"is_tie": check.is_tie} if isinstance(check, Tie) else {}) for check in self.found]
-        return {"name": self.name, "tokens": self.num_tokens, "lossless": self.is_lossless, "checks": checks}
+        verdict = {"lossless": self.is_lossless, "failure": self.failure}
+        return {"name": self.name, "tokens": self.num_tokens, **verdict, "checks": checks}
 
     def text(self) -> str:
         """Return a line where all ids are equal, else one for each that differ."""
+        if self.failure is not None:
+            return f"{self.name}: not answered, {self.failure}"
         same = [check.name for check in self.found if check.difference is None]
         head = f"{self.name}: {self.num_tokens} tokens, equal: {', '.join(same) or 'none'}"
         return "\n".join([head, *(_line(check) for check in self.found if check.difference is not None)])
@@ -91,9 +100,10 @@ def verify(
         **settings: any field of the configs, as in `EngineConfig.replace`.
 
     Raises:
-        ConfigError: there is no draft.
+        ConfigError: there is no draft, or a setting is not allowed: generate() cannot be given it, or this sets it.
     """
     check_draft(model)
+    _check(model, settings)
     watch("")("read")
     frames = video.load(source, model.config.replace(**settings).video)
     if model.target.dtype != torch.float32:
@@ -120,6 +130,15 @@ def verify(
             gap = logit_gap(model, request, difference.index, difference.plain, difference.speculative)
         checks.append(Check(run, difference is None, difference, gap))
     return Proof(name, len(plain), checks)
+
+
+def _check(model: SpecVLM, settings: Mapping[str, Any]) -> None:
+    config, usual = model.config.replace(**settings).sampling, SamplingConfig()
+    for name in sorted({field.name for field in fields(config)} - _GIVEN):
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            problem = f"{name}={value!r} is not allowed: greedy texts are compared with generate()'s"
+            raise ConfigError(f"{problem}, and sampled ones with a seed of their own; leave it out")
 
 
 def _generated(model: SpecVLM, frames: Any, prompt: str | None, settings: Mapping[str, Any]) -> tuple[int, ...]:

@@ -70,14 +70,31 @@ def select(scores: Tensor, grid: Tensor, visual_id: Tensor, config: PruneConfig)
     wanted = inspect.signature(function).parameters
     options = {name: value for name, value in _options(config).items() if name in wanted}
     if not config.per_visual:
-        return function(scores, _stack_visuals(grid, visual_id), budget(config, total), **options).sort().values
+        count = budget(config, total)
+        chosen = function(scores, _stack_visuals(grid, visual_id), count, **options)
+        return _checked(chosen, config.pruner, count, total)
     kept, start = [], 0
     sizes = torch.unique_consecutive(visual_id, return_counts=True)[1].tolist()
     for size, count in zip(sizes, shares(sizes, budget(config, total)), strict=True):
         part = slice(start, start + size)
-        kept.append(function(scores[part], grid[part], count, **options).sort().values + start)
+        chosen = function(scores[part], grid[part], count, **options)
+        kept.append(_checked(chosen, config.pruner, count, size) + start)
         start += size
     return torch.cat(kept)
+
+
+def _checked(kept: Tensor, name: str, count: int, total: int) -> Tensor:
+    """Return what a pruner kept, ascending.
+
+    Raises:
+        ConfigError: it kept more than it was asked for, something twice, or what is not there.
+    """
+    kept = kept.sort().values
+    is_within = kept.shape[0] <= count and bool(((kept >= 0) & (kept < total)).all())
+    if not is_within or bool((kept[1:] == kept[:-1]).any()):
+        wanted = f"at most {count} distinct indices from 0 to {total - 1}"
+        raise ConfigError(f"pruner {name!r} returned {kept.shape[0]} indices that are not {wanted}: mend it")
+    return kept
 
 
 def budget(config: PruneConfig, total: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ class Status:
         self.is_quiet = is_quiet
         self._is_live = not is_quiet and sys.stderr.isatty()
         self._shown = ""
+        self._told = time.monotonic()
 
     def __enter__(self) -> Status:
         return self
@@ -40,6 +42,13 @@ class Status:
         if self._is_live and text != self._shown:
             print(f"\r{text.ljust(len(self._shown))}", end="", file=sys.stderr, flush=True)
             self._shown = text
+
+    def progress(self, text: str) -> None:
+        """Put this on the line; where there is none, write it once a minute, for logs."""
+        self.show(text)
+        if not (self._is_live or self.is_quiet) and time.monotonic() - self._told >= 60:
+            print(f"specvlm: {text}", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
 
     def clear(self) -> None:
         """Empty the line, before something else is written."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specvlm.bench import style
 from specvlm.errors import ConfigError
 from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_setting, add_settings, numbers, read_data
 from specvlm.status import Status
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(questions: Any) -> None:
@@ -108,8 +106,7 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
 
     if not args.no_report:
         style.require_matplotlib("a report needs", ", or leave it out: --no-report")  # before anything is measured
-    for file in args.load:
-        _run_file(file)
+    loaded = {file: _run_file(file) for file in args.load}
     preset = presets.preset(args.preset) if args.preset else None
     defaults = {"data": preset.data, "ask": preset.ask} if preset else {}
     data = read_data(args, status, **defaults)
@@ -121,11 +118,11 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     from specvlm.engine import SpecVLM
 
     options = {name: getattr(args, name) for name in MODEL_OPTIONS if hasattr(args, name)}
-    protocol = quality.Protocol(methods, shared, args.seed_order, not args.untimed, args.overlays)
+    protocol = quality.Protocol(methods, shared, args.seed_order, not args.untimed, args.overlays, loaded)
     model = SpecVLM.from_pretrained(**options, watch=status.show)
     quality.check(model, protocol)
     with Journal(args.out, quality.origin(model, data, protocol)) as journal:
-        lines = quality.run(model, data, protocol, journal, watch=status.show)
+        lines = quality.run(model, data, protocol, journal, watch=status.progress)
     status.clear()
     if not args.no_report:
         from specvlm.bench import report
@@ -144,19 +141,22 @@ def _methods(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[s
     ratios = numbers(args, "keep_ratios", float) if hasattr(args, "keep_ratios") else (settings.get("keep_ratio", 0.1),)
     found = methods.named(args.methods.split(",") if args.methods else methods.DEFAULT, ratios, tree)
     for name, *own in args.own:
+        if name in found:
+            raise ConfigError(f"method {name!r} is named twice: give it another name")
         found[name] = methods.written(name, own, tree)
     return found, shared
 
 
-def _run_file(file: str) -> None:
-    """Run a Python file for what it registers.
+def _run_file(file: str) -> str:
+    """Run a Python file for what it registers; return its checksum.
 
     Raises:
         ConfigError: it cannot be read, or fails.
     """
     try:
         runpy.run_path(file)
-    except Exception as error:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{file} failed ({type(error).__name__}: {error}): mend it") from error
 
 

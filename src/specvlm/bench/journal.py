@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from specvlm.errors import ConfigError
 
 NAME = "answers.jsonl"
+PLAIN = "plain"  # the method that every other is compared with
 _FREE = ("kind", "command", "started")  # what a restart may have otherwise
 
 Line = dict[str, Any]
@@ -65,7 +66,8 @@ def read(directory: Path) -> Run:
             line = json.loads(content)
             lines.append({"kind": line["kind"]} | line)
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}, line {number} is no line of bench quality: {content[:60]}") from error
+            problem = f"{file}, line {number} is no line of bench quality ({content[:60]})"
+            raise ConfigError(f"{problem}: give the --out of bench quality") from error
     if not lines or lines[0]["kind"] != "run":
         raise ConfigError(f"{file} does not begin with a line of kind run: give the --out of bench quality")
     return Run(directory, lines[0], tuple(lines[1:]))
@@ -95,14 +97,13 @@ class Journal:
 
     def _begin(self, origin: Line) -> list[Line]:
         """Return the lines that are there already, and add the run's."""
-        text = self._file.read()
-        whole = text.rfind("\n") + 1
-        self._file.truncate(len(text[:whole].encode()))
         known: list[Line] = []
-        if whole:
+        content = (self.directory / NAME).read_bytes()
+        if content and not _is_torn_start(content):
             run = read(self.directory)
             _check_same(run.origin, json.loads(json.dumps(origin)), self.directory)
             known = [line for line in run.lines if line["kind"] != "run"]
+        self._file.truncate(content.rfind(b"\n") + 1)
         self._append(origin)
         return known
 
@@ -133,11 +134,19 @@ def _locked(path: Path) -> TextIO:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): give another folder") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise ConfigError(f"{path} is being written by another run: wait for it, or give another folder") from error
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{path} cannot be locked ({error.strerror}): give a folder on a local disk") from error
     file.seek(0)
     return file
+
+
+def _is_torn_start(content: bytes) -> bool:
+    """Whether this is a run's first line without its end, and no file of somebody else's."""
+    return b"\n" not in content and content.startswith(b'{"kind": "run"')
 
 
 def _check_same(old: Line, new: Line, directory: Path) -> None:
@@ -147,7 +156,7 @@ def _check_same(old: Line, new: Line, directory: Path) -> None:
         if name in _FREE or one == other:
             continue
         if isinstance(one, dict) and isinstance(other, dict):
-            part = next(part for part in [*one, *other] if one.get(part) != other.get(part))
+            part = next(part for part in [*one, *other] if one.get(part, ...) != other.get(part, ...))
             name, one, other = f"{name}, {part}", one.get(part), other.get(part)
         problem = f"{directory} holds another run, whose {name} is {_short(one)} and not {_short(other)}"
         raise ConfigError(f"{problem}: give another folder")

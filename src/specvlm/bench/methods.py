@@ -7,23 +7,24 @@ Every registered pruner is a method too, once a keep_ratio, and so is every regi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from specvlm import config
+from specvlm.bench.journal import PLAIN
 from specvlm.draft import DRAFTERS
 from specvlm.errors import ConfigError
 from specvlm.prune import PRUNERS
 
 Settings = Mapping[str, Any]
 
-PLAIN = "plain"  # what every other method is compared with
 GENERATE = "generate"  # transformers' own generate(): no settings of this engine
 _TREE: Settings = {"drafter": "model", "policy": "fixed"}  # and a tree: drafted in every round
 
 METHODS: dict[str, Settings] = {
     PLAIN: {"drafter": "none"},
-    GENERATE: {},
+    GENERATE: {"drafter": "none"},
     "chain": {**_TREE, "tree": "chain:5", "pruner": "none"},
     "tree": {**_TREE, "pruner": "none"},
     "auto": {"drafter": "model", "tree": "dynamic", "policy": "auto"},
@@ -48,6 +49,8 @@ def named(names: Iterable[str], keep_ratios: Sequence[float], tree: str = "paper
     for name in names:
         base, _, ratio = name.partition("@")
         settings = _settings(base, tree)
+        if ratio and not _prunes(settings):
+            raise ConfigError(f"method {name!r} is not allowed: {base} prunes nothing, so leave the @ out")
         is_crossed = base in PRUNERS and base not in METHODS
         for keep_ratio in [_ratio(name, ratio)] if ratio else keep_ratios if is_crossed else [None]:
             label = base if keep_ratio is None else f"{base}@{keep_ratio:g}"
@@ -59,8 +62,11 @@ def written(name: str, settings: Iterable[str], tree: str = "paper") -> dict[str
     """Return the settings of a method from text: those of `tree`, changed as each "setting=value" says.
 
     Raises:
-        ConfigError: a text is no such pair, or a setting is unknown.
+        ConfigError: a text is no such pair, a setting is unknown, or the name is not allowed.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.,=@+-]*", name) or name in METHODS:
+        allowed = "one that is not taken, of letters, digits and .,=@+-_"
+        raise ConfigError(f"method {name!r} is not allowed as a name of your own: give {allowed}")
     found = {**_TREE, "tree": tree}
     for text in settings:
         setting, equals, value = text.partition("=")
@@ -84,6 +90,10 @@ def _settings(name: str, tree: str) -> dict[str, Any]:
     if settings.get("policy") == "fixed":
         settings.setdefault("tree", tree)
     return settings
+
+
+def _prunes(settings: Settings) -> bool:
+    return DRAFTERS[settings["drafter"]].prunes and settings.get("pruner") != "none"
 
 
 def _ratio(name: str, text: str) -> float:

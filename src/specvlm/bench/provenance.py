@@ -26,12 +26,19 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit that runs; a copy without its history is told it by SPECVLM_COMMIT."""
+    """Return the commit that runs, marked where the package was changed; SPECVLM_COMMIT tells it to a bare copy."""
     if told := os.environ.get("SPECVLM_COMMIT"):
         return told
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    here = Path(__file__)
+
+    def git(*command: str) -> str:
+        run = ["git", "-C", str(here.parent), *command]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # else this package only lies within somebody else's history
+        is_changed = bool(git("status", "--porcelain", "--", str(here.parents[1])))
+        return git("rev-parse", "HEAD") + ("-changed" if is_changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -12,7 +12,7 @@ The protocol:
 - Every answer is compared with plain decoding's. Where they part, the place is noted, and how near the two tokens'
   logits were when plain decoding chose.
 - Each answer is one line of the journal, written before the next begins. A killed run goes on where it stopped, in the
-  same order.
+  same order; what failed is tried again.
 
 Untimed runs read, encode and prefill a sample once for all methods with the same settings of that: the counts are the
 same, the times would mean little and are left out.
@@ -20,6 +20,8 @@ same, the times would mean little and are left out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -27,7 +29,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,12 @@ from specvlm import prune, reference
 from specvlm.account import Generation, Speculation, measure_peak, reset_peak
 from specvlm.bench.data import Data, Sample
 from specvlm.bench.hardware import gpu_name
-from specvlm.bench.journal import Journal, Line
-from specvlm.bench.methods import GENERATE, PLAIN
+from specvlm.bench.journal import PLAIN, Journal, Line
+from specvlm.bench.methods import GENERATE
+from specvlm.bench.passes import synchronize
 from specvlm.bench.provenance import command_line, provenance
-from specvlm.compare import first_difference
+from specvlm.compare import Difference, first_difference, ms_a_token
+from specvlm.config import SamplingConfig, VideoConfig
 from specvlm.engine import Prefilled, Request, SpecVLM, bundled
 from specvlm.errors import ConfigError, SpecVLMError, memory_errors
 from specvlm.inspect import inspect
@@ -53,6 +57,9 @@ class QualityWarning(UserWarning):
     """Something beside the answers that a run had to leave out."""
 
 
+# what decides the text: a method that had it to itself could not be compared
+_SHARED = {setting.name for part in (VideoConfig, SamplingConfig) for setting in fields(part)}
+_TRIES = 3  # samples that a warm-up tries, should the first ones fail
 _GENERATES = ("max_new_tokens", "repetition_penalty")  # settings of the text that generate() is given as well
 
 
@@ -65,6 +72,7 @@ class Protocol:
     seed: int = 0  # of the order
     is_timed: bool = True
     num_overlays: int = 3  # samples whose kept visual tokens are drawn
+    loaded: Mapping[str, str] = field(default_factory=dict)  # checksums of files that registered pruners or drafters
 
     def __post_init__(self) -> None:
         if self.num_overlays < 0:
@@ -79,6 +87,7 @@ def origin(model: SpecVLM, data: Data, protocol: Protocol) -> Line:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": data.name,
         "samples": len(data.samples),
+        "samples_sha256": _checksum(data),
         **{name: _without_folder(models[name]) for name in ("target", "draft")},
         **{name: models[name] for name in ("device", "draft_device", "draft_quant", "dtype")},
         "gpu": gpu_name(model.target.device),
@@ -86,6 +95,12 @@ def origin(model: SpecVLM, data: Data, protocol: Protocol) -> Line:
         "threads": torch.get_num_threads(),
         **asdict(protocol),
     }
+
+
+def _checksum(data: Data) -> str:
+    """Return what changes with any sample: a run goes on with the same questions only."""
+    told = [[sample.id, str(sample.video), sample.prompt, dict(sample.settings)] for sample in data.samples]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _without_folder(name: str | None) -> str | None:
@@ -101,6 +116,12 @@ def check(model: SpecVLM, protocol: Protocol) -> None:
         ConfigError: a method's settings are not allowed, or generate() cannot be given the shared ones.
     """
     for name, settings in protocol.methods.items():
+        if wrong := sorted(settings.keys() & _SHARED):
+            raise ConfigError(f"{wrong[0]} of method {name!r} is not allowed: all methods share it; give it to the run")
+        if "keep_ratio" in settings and protocol.settings.get("keep_tokens") is not None:
+            raise ConfigError(
+                f"keep_tokens is not allowed beside method {name!r}, which has a keep_ratio: leave one out"
+            )
         config = model.request(None, **{**protocol.settings, **settings}).config
         if drafting.kind(config.draft, model.draft) is drafting.NoDrafter and config.draft.drafter != "none":
             raise ConfigError(f"method {name!r} needs a draft: give --draft, or leave the method out")
@@ -136,7 +157,7 @@ def run(
     runner = _Runner(model, protocol, journal, watch)
     left = [(sample, name) for sample in data.samples for name in runner.left(sample)]
     if left and protocol.is_timed:
-        runner.warm_up(data.samples)
+        runner.warm_up(left)
     runner.begin(len(left))
     for number, sample in enumerate(data.samples):
         runner.answer(sample)
@@ -180,19 +201,19 @@ class _Runner:
         names = list(self._protocol.methods)
         order = random.Random(f"{self._protocol.seed} {sample.id}").sample(names, len(names))
         places = {name: place for place, name in enumerate(order, 1)}
-        return {name: place for name, place in places.items() if not self._has(sample, name, "answer", "failure")}
+        return {name: place for name, place in places.items() if not self._has(sample, name, "answer")}
 
-    def warm_up(self, samples: Sequence[Sample]) -> None:
-        """Answer the first sample that can be answered by each method, and count nothing."""
-        for sample in samples:
-            try:
-                for name in self._protocol.methods:
-                    self._watch(f"warming up: {name}")
+    def warm_up(self, left: Sequence[tuple[Sample, str]]) -> None:
+        """Let each method that has something left answer a sample, and count nothing."""
+        for name in dict.fromkeys(name for _, name in left):
+            for sample in [sample for sample, other in left if other == name][:_TRIES]:
+                self._watch(f"warming up: {name}")
+                try:
                     with memory_errors():
                         self._answered(sample, name, _Prefills(self._model, is_shared=False))
-                return
-            except SpecVLMError:  # counted where its turn comes
-                continue
+                    break
+                except SpecVLMError:  # told where its turn comes
+                    continue
 
     def begin(self, total: int) -> None:
         """Start the clock that says how long `total` answers will take."""
@@ -228,19 +249,26 @@ class _Runner:
                 continue
             found = first_difference(plain, ids, self._model)
             assert found is not None
-            gap = None
-            if found.plain is not None and found.speculative is not None:
-                again = self._request(sample, PLAIN)
-                gap = logit_gap(self._model, again, found.index, found.plain, found.speculative)
             content = {
                 "index": found.index,
                 "plain_token": found.plain,
                 "other_token": found.speculative,
                 "plain_text": found.plain_text,
                 "other_text": found.speculative_text,
-                "gap": gap,
+                "gap": self._gap(sample, found),
             }
             self._write("difference", sample, name, content)
+
+    def _gap(self, sample: Sample, found: Difference) -> float | None:
+        if found.plain is None or found.speculative is None:
+            return None
+        try:
+            with memory_errors():
+                again = self._request(sample, PLAIN)
+                return logit_gap(self._model, again, found.index, found.plain, found.speculative)
+        except SpecVLMError as error:
+            warnings.warn(f"the logit gap of {sample.id} is not known: {error}", QualityWarning, stacklevel=2)
+            return None
 
     def draw(self, sample: Sample) -> None:
         """Draw what each way of pruning keeps, once each."""
@@ -288,6 +316,7 @@ class _Runner:
     def _answered(self, sample: Sample, name: str, prefills: _Prefills) -> Line:
         """Return what one method made of one sample."""
         request, is_timed = self._request(sample, name), self._protocol.is_timed
+        synchronize(*_devices(self._model))  # what the answer before left running is not this one's
         if name == GENERATE:
             return _generated(self._model, request, is_timed=is_timed)
         generation = self._model.generate_request(request, start=prefills.start(request))
@@ -303,7 +332,7 @@ def _duration(seconds: float) -> str:
 
 def _slug(name: str) -> str:
     """Return a name as part of a file's; what was changed leaves its mark, so that no two become one."""
-    slug = re.sub(r"[^A-Za-z0-9@._-]+", "-", name)
+    slug = re.sub(r"[^A-Za-z0-9@._-]+", "-", name)[:80]
     return slug if slug == name else f"{slug}-{zlib.crc32(name.encode()):08x}"
 
 
@@ -336,7 +365,7 @@ def _line(model: SpecVLM, generation: Generation, *, is_timed: bool) -> Line:
     per_pass[-1] -= sum(per_pass) - len(generation.token_ids)  # a stop string cuts the last
     times: Line = {
         "seconds": generation.seconds.to_dict(),
-        "ms_per_token": _ms_per_token(generation),
+        "ms_per_token": ms_a_token(generation) or None,
         "peak_memory_bytes": generation.peak_memory_bytes,
     }
     return {
@@ -351,10 +380,8 @@ def _line(model: SpecVLM, generation: Generation, *, is_timed: bool) -> Line:
     }
 
 
-def _ms_per_token(generation: Generation) -> float:
-    seconds, later = generation.seconds, len(generation.token_ids) - 1
-    once = seconds["calibrate"] + seconds["capture"]
-    return 1e3 * (seconds.total - seconds.time_to_first_token - once) / max(1, later)
+def _devices(model: SpecVLM) -> set[torch.device]:
+    return {model.target.device, (model.draft or model.target).device}
 
 
 def _speculated(speculation: Speculation) -> Line:
@@ -379,9 +406,11 @@ def _counted(model: SpecVLM, text: str, token_ids: Sequence[int], finish_reason:
 def _generated(model: SpecVLM, request: Request, *, is_timed: bool) -> Line:
     """Return transformers' own answer. Its prefill holds the encoding of the frames."""
     sampling, target = request.config.sampling, model.target
-    reset_peak(target.device)
+    devices = _devices(model)
+    reset_peak(*devices)
     begin = time.perf_counter()
     inputs = model.read(request)
+    synchronize(*devices)
     read = time.perf_counter() - begin
     num_new, penalty = sampling.max_new_tokens, sampling.repetition_penalty
     found = reference.generate(target, inputs, max_new_tokens=num_new, repetition_penalty=penalty)
@@ -391,8 +420,8 @@ def _generated(model: SpecVLM, request: Request, *, is_timed: bool) -> Line:
     seconds = {"read": read, "prefill": first, "decode": last - first, "time_to_first_token": read + first}
     times = {
         "seconds": seconds | {"total": read + last},
-        "ms_per_token": 1e3 * (last - first) / max(1, len(ids) - 1),
-        "peak_memory_bytes": measure_peak(target.device),
+        "ms_per_token": 1e3 * (last - first) / (len(ids) - 1) if len(ids) > 1 else None,
+        "peak_memory_bytes": measure_peak(*devices),
     }
     text = target.tokenizer.decode([token for token in ids if token not in target.eos_ids])
     return {

@@ -25,10 +25,10 @@ from specvlm import video
 from specvlm.account import Generation, Speculation
 from specvlm.config import EngineConfig, VideoConfig
 from specvlm.engine import SpecVLM
-from specvlm.errors import CapacityError, ConfigError, MediaError
+from specvlm.errors import CapacityError, ConfigError, MediaError, memory_errors
 from specvlm.families import Message, source_of
+from specvlm.options import MODEL_OPTIONS
 
-_MODEL_ARGS = ("target", "draft", "device", "draft_device", "draft_quant", "dtype")
 _SETTINGS = frozenset(setting.name for part in vars(EngineConfig()).values() for setting in fields(part))
 _INJECTED = ("\n\n",)  # what lmms-eval fills in as `until` where a task names none; answers have paragraphs
 
@@ -73,7 +73,7 @@ class LmmsModel(lmms):  # type: ignore[misc]
             allowed = "requests are answered one at a time, so leave it out or give 1"
             raise ConfigError(f"batch_size={batch_size!r} is not allowed: {allowed}")
         if unknown := sorted(settings.keys() - _SETTINGS):
-            known = ", ".join((*_MODEL_ARGS, *sorted(_SETTINGS)))
+            known = ", ".join((*MODEL_OPTIONS, *sorted(_SETTINGS)))
             raise ConfigError(f"unknown model_args {unknown[0]!r}: known are {known}")
         self._model = SpecVLM.from_pretrained(
             target,
@@ -127,7 +127,8 @@ class LmmsModel(lmms):  # type: ignore[misc]
         begin = time.perf_counter()
         try:
             config = self._model.config.replace(**settings).video
-            answer = self._model.generate([_with_parts(message, config) for message in messages], **settings)
+            with memory_errors():
+                answer = self._model.generate([_with_parts(message, config) for message in messages], **settings)
         except (MediaError, CapacityError) as error:
             logger.error(f"{name} gets an empty answer: {error}")
             account.failed_requests += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_lines(
     def parse(row: Row) -> Claim:
         asked = row.text("prompt") if prompt is None or "prompt" in row.fields else prompt
         path = row.text(video)
-        return Claim(row.text("id"), asked, path, (path,), row.cut())
+        return Claim(row.name("id"), asked, os.path.normpath(path) if "://" not in path else path, (path,), row.cut())
 
     try:
         content = file.read_bytes()

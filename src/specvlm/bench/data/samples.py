@@ -90,7 +90,19 @@ class Row:
             raise Malformed(f"{name} is {shortened(value)}: give a text")
         if not value.strip():
             raise Malformed(f"{name} is empty: give a text")
+        if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise Malformed(f"{name} holds half of a surrogate pair, which is no text: give a text")
         return value
+
+    def name(self, name: str) -> str:
+        """Return a field that must be text or a whole number.
+
+        Raises:
+            Malformed: it is neither.
+        """
+        value = self.fields.get(name)
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return str(value) if is_number else self.text(name)
 
     def cut(self) -> dict[str, float]:
         """Return start and end of the part to read, in seconds, as far as they are given.

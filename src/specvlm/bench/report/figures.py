@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from specvlm.bench import style
-from specvlm.bench.journal import Line
+from specvlm.bench.journal import PLAIN, Line
 from specvlm.bench.report import stats
-from specvlm.bench.report.results import PLAIN, Results
+from specvlm.bench.report.results import Results
 from specvlm.bench.report.stats import Estimate
 from specvlm.bench.report.tables import depths, end_to_end, mat, ms_per_token, share_at
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from specvlm.bench.report.results import PLAIN, Results
+from specvlm.bench.journal import PLAIN
+from specvlm.bench.report.results import Results
 from specvlm.bench.report.stats import Estimate
 from specvlm.bench.report.tables import end_to_end, mat, ms_per_token, speedup
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from specvlm.bench import journal
-from specvlm.bench.journal import Line
+from specvlm.bench.journal import PLAIN, Line
 from specvlm.config import PruneConfig
 from specvlm.errors import ConfigError
 
-PLAIN = "plain"  # the method that all others are compared with
 _NEEDED = {
     "run": ("command", "commit", "versions", "started", "data", "target", "draft", "device", "gpu", "cores", "dtype",
             "draft_quant", "settings", "samples", "is_timed", "methods"),

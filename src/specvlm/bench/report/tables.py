@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from specvlm.bench.journal import Line
+from specvlm.bench.journal import PLAIN, Line
 from specvlm.bench.report import stats
 from specvlm.bench.report.render import Cell, Column, Count, Table
-from specvlm.bench.report.results import PLAIN, Results
+from specvlm.bench.report.results import Results
 from specvlm.bench.report.stats import Estimate
 
 # Of one run
