@@ -139,8 +139,8 @@ def test_neither_imports_the_other_before_it_is_chosen(imported, absent):
 def test_model_args_arrive_as_their_fields_take_them(load, written, arrives):
     _, loaded = load(written)
     assert {name: loaded[name] for name in arrives} == arrives
-    settings = loaded.keys() - {*adapter._MODEL_ARGS, "watch"}
-    assert settings == simple_parse_args_string(written).keys() - set(adapter._MODEL_ARGS)
+    settings = loaded.keys() - {*adapter.MODEL_OPTIONS, "watch"}
+    assert settings == simple_parse_args_string(written).keys() - set(adapter.MODEL_OPTIONS)
     EngineConfig().replace(**{name: loaded[name] for name in settings})
 
 
