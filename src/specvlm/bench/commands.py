@@ -7,13 +7,12 @@ import hashlib
 import runpy
 import sys
 from collections.abc import Iterator
-from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 from specvlm.bench import style
 from specvlm.errors import ConfigError
-from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_setting, add_settings, numbers, read_data
+from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_settings, numbers, read_data
 from specvlm.status import Status
 
 
@@ -37,7 +36,7 @@ def _add_quality(questions: Any) -> None:
     text = "plain, generate (transformers' own), chain and tree (unpruned), auto, or a pruner or drafter, each perhaps "
     text += "with @keep_ratio [default: plain,generate,chain,tree,verifier,uniform,random,auto]"
     group.add_argument("--methods", metavar="A,B", help=text)
-    text = "what each pruner is crossed with [default: 0.1]"
+    text = "what each pruner is crossed with [default: that of --keep-ratio]"
     group.add_argument("--keep-ratios", metavar="X,Y", default=argparse.SUPPRESS, help=text)
     text = "one of your own: a name, and what it has otherwise than tree"
     group.add_argument(
@@ -45,7 +44,8 @@ def _add_quality(questions: Any) -> None:
     )
     text = "Python file that registers pruners, drafters or methods"
     group.add_argument("--load", metavar="FILE.py", action="append", default=[], help=text)
-    add_setting(group, _field("draft", "tree"), str)
+    text = "drafted by every method without a tree of its own: as for describe [default: paper]"
+    group.add_argument("--tree", metavar="TREE", default=argparse.SUPPRESS, help=text)
     group = parser.add_argument_group("Protocol")
     group.add_argument("--seed-order", metavar="N", type=int, default=0, help="seed of the methods' order [default: 0]")
     text = "prefill a sample once for all methods: the same counts sooner, and no times"
@@ -158,10 +158,6 @@ def _run_file(file: str) -> str:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{file} failed ({type(error).__name__}: {error}): mend it") from error
-
-
-def _field(part: str, name: str) -> Field[Any]:
-    return next(field for field in fields(PARTS[part]) if field.name == name)
 
 
 def _bench_speed(args: argparse.Namespace, status: Status) -> int:
