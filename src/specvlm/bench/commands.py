@@ -34,7 +34,7 @@ def _add_quality(questions: Any) -> None:
     parser.add_argument("--preset", metavar="NAME", help=text)
     group = parser.add_argument_group("Methods")
     text = "plain, generate (transformers' own), chain and tree (unpruned), auto, or a pruner or drafter, each perhaps "
-    text += "with @keep_ratio [default: plain,generate,chain,tree,verifier,uniform,random,auto]"
+    text += "with @keep_ratio [default: plain,generate,chain,tree,verifier,uniform,auto]"
     group.add_argument("--methods", metavar="A,B", help=text)
     text = "what each pruner is crossed with [default: that of --keep-ratio]"
     group.add_argument("--keep-ratios", metavar="X,Y", default=argparse.SUPPRESS, help=text)

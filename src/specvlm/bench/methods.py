@@ -29,7 +29,7 @@ METHODS: dict[str, Settings] = {
     "tree": {**_TREE, "pruner": "none"},
     "auto": {"drafter": "model", "tree": "dynamic", "policy": "auto"},
 }
-DEFAULT = (PLAIN, GENERATE, "chain", "tree", "verifier", "uniform", "random", "auto")
+DEFAULT = (PLAIN, GENERATE, "chain", "tree", "verifier", "uniform", "auto")
 DECIDES = ("drafter", "policy", "tree", "pruner")  # settings that are a method's own, never shared
 _NO_METHOD = ("none", "model")  # drafters that stand for plain and tree
 
