@@ -125,11 +125,9 @@ def check(model: SpecVLM, protocol: Protocol) -> None:
         config = model.request(None, **{**protocol.settings, **settings}).config
         if drafting.kind(config.draft, model.draft) is drafting.NoDrafter and config.draft.drafter != "none":
             raise ConfigError(f"method {name!r} needs a draft: give --draft, or leave the method out")
-    texts = model.request(None, **protocol.settings).config.sampling
-    given = {name for name, value in asdict(texts).items() if value != asdict(type(texts)())[name]} & {
-        *protocol.settings
-    }
-    if GENERATE in protocol.methods and (wrong := sorted(given - {*_GENERATES})):
+    told = {setting.name: setting.default for setting in fields(SamplingConfig) if setting.name not in _GENERATES}
+    wrong = sorted(name for name, usual in told.items() if protocol.settings.get(name, usual) != usual)
+    if GENERATE in protocol.methods and wrong:
         raise ConfigError(
             f"{wrong[0]} is not allowed beside the method {GENERATE!r}, which answers greedily: leave one out"
         )
