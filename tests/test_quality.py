@@ -362,6 +362,12 @@ def test_every_pruner_and_every_drafter_is_a_method(pair):
     assert set(methods.DEFAULT) <= set(known)
 
 
+def test_help_names_the_default_methods(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "quality", "--help"])
+    assert f"[default:{','.join(methods.DEFAULT)}]" in "".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from specvlm.bench import commands as bench_commands
 from specvlm.config import EngineConfig
-from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors
+from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
 from specvlm.options import PARTS, Parser, add_data, add_model, add_settings, given, load, read_data
 from specvlm.status import Status, quiet_libraries
 
@@ -293,7 +293,7 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
             with memory_errors():
                 proof = lossless.verify(model, source, prompt, name=name, watch=status.stages, **settings)
         except (MediaError, CapacityError) as error:  # the others are proved all the same
-            proof = lossless.Proof(name, 0, (), " ".join(str(error).split()))
+            proof = lossless.Proof(name, 0, (), one_line(error))
         proofs.append(proof)
         status.clear()
         if not args.json:

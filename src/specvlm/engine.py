@@ -370,8 +370,7 @@ class SpecVLM:
 
         Given its prefill as `start`, the account begins behind it.
         """
-        devices = {self.target.device, (self.draft or self.target).device}
-        reset_peak(*devices)
+        reset_peak(*self.devices)
         chunks = []
         for chunk in self.stream_request(request, start):
             chunks.append(chunk)
@@ -384,11 +383,16 @@ class SpecVLM:
             usage=request.usage,
             speculation=request.speculation,
             seconds=request.seconds,
-            peak_memory_bytes=measure_peak(*devices),
+            peak_memory_bytes=measure_peak(*self.devices),
             config=request.config,
             models=self.models,
             decisions=tuple(request.decisions),
         )
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices of target and draft."""
+        return {self.target.device, (self.draft or self.target).device}
 
     @property
     def models(self) -> dict[str, str | None]:

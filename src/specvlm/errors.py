@@ -46,3 +46,8 @@ def memory_errors() -> Iterator[None]:
             f"out of memory on {place} ({cause}): read fewer frames (--num-frames, --fps), smaller ones "
             "(--max-pixels), or ask for fewer new tokens (--max-new-tokens)"
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

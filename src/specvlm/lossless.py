@@ -125,9 +125,9 @@ def verify(
     for run, (one, other) in others.items():
         difference = first_difference(one, other, model)
         gap = None
-        if one is plain and difference and difference.plain is not None and difference.speculative is not None:
+        if one is plain and difference is not None:
             request = model.request(frames, prompt, **{**settings, **greedy, "drafter": "none"})
-            gap = logit_gap(model, request, difference.index, difference.plain, difference.speculative)
+            gap = logit_gap(model, request, difference)
         checks.append(Check(run, difference is None, difference, gap))
     return Proof(name, len(plain), checks)
 

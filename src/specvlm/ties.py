@@ -135,21 +135,21 @@ def ties(
     return Ties(model.models["dtype"] or "", found)
 
 
-def logit_gap(model: SpecVLM, request: Request, index: int, token: int, other: int) -> float | None:
-    """Return by how much the logit of `token` exceeds that of `other` where plain decoding chose a token of its text.
+def logit_gap(model: SpecVLM, request: Request, found: Difference) -> float | None:
+    """Return by how much plain decoding's token beat the other one's logit where it was chosen.
 
     Args:
         model: any; its draft is not used.
         request: of plain decoding.
-        index: which token of the text; None comes back if it ends before.
-        token: a token id.
-        other: another.
+        found: where another text parts from its own; None comes back if one of the two had ended there.
     """
+    if found.plain is None or found.speculative is None:
+        return None
     seen: list[Tensor] = []
     for place, _ in enumerate(model.decode(request, model.prefill(request), observe=seen.append)):
         logits = seen.pop()[-1]  # one row a pass
-        if place == index:
-            return float(logits[token] - logits[other])
+        if place == found.index:
+            return float(logits[found.plain] - logits[found.speculative])
     return None
 
 

@@ -45,7 +45,7 @@ class Pass:
 
 def decode(model: SpecVLM, start: Prefilled, **settings: Any) -> Pass:
     """Answer with this engine from the end of the prompt on."""
-    devices = {model.target.device, (model.draft or model.target).device}
+    devices = model.devices
     start.session.rollback()
     request = model.request(None, PROMPT, **settings)
     reset_peak(*devices)

@@ -27,7 +27,7 @@ def generate(model: SpecVLM, start: Prefilled, method: str, num_tokens: int) -> 
     Tokens are clocked as they reach the CPU, which generate() waits for anyway; so the prefill is left out of the
     decoding time. It runs beside this engine's own session: its peak memory holds both.
     """
-    devices = {model.target.device, (model.draft or model.target).device}
+    devices = model.devices
     is_assisted = method == ASSISTED
     reset_peak(*devices)
     answer = reference.generate(

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -64,23 +64,18 @@ class Result(Protocol):
         ...
 
 
-def written(
-    results: Iterable[Result], out: str | None, first: Mapping[str, Any] | None = None
-) -> Iterator[dict[str, Any]]:
+def written(results: Iterable[Result], out: str | None) -> Iterator[dict[str, Any]]:
     """Yield results as plain JSON types, each written to `out` as a line before the next is asked for.
 
     Args:
         results: made as they are asked for.
         out: the file; None writes nothing.
-        first: a line of its own before them.
 
     Raises:
         ConfigError: `out` cannot be written; found before the first result is asked for.
     """
     file = writable(out) if out else None
     try:
-        if file and first is not None:
-            print(json.dumps(first), file=file, flush=True)
         for result in results:
             content = result.to_dict()
             if file:

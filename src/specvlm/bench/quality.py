@@ -48,7 +48,7 @@ from specvlm.bench.provenance import command_line, provenance
 from specvlm.compare import Difference, first_difference, ms_a_token
 from specvlm.config import SamplingConfig, VideoConfig
 from specvlm.engine import Prefilled, Request, SpecVLM, bundled
-from specvlm.errors import ConfigError, SpecVLMError, memory_errors
+from specvlm.errors import ConfigError, SpecVLMError, memory_errors, one_line
 from specvlm.inspect import inspect
 from specvlm.ties import logit_gap
 
@@ -183,8 +183,8 @@ class _Runner:
         if line["kind"] == "answer":
             self._ids[key] = tuple(line["token_ids"])
 
-    def _has(self, sample: Sample, name: str, *kinds: str) -> bool:
-        return any((sample.id, name) in self._known.get(kind, ()) for kind in kinds)
+    def _has(self, sample: Sample, name: str, kind: str) -> bool:
+        return (sample.id, name) in self._known.get(kind, ())
 
     def _write(self, kind: str, sample: Sample, name: str, content: Mapping[str, Any]) -> None:
         line = {"kind": kind, "sample": sample.id, "method": name, **content}
@@ -235,7 +235,7 @@ class _Runner:
                     found = self._answered(sample, name, prefills)
                 self._write("answer", sample, name, key | found)
             except SpecVLMError as error:
-                self._write("failure", sample, name, key | {"text": " ".join(str(error).split())})
+                self._write("failure", sample, name, key | {"text": one_line(error)})
             self._done += 1
 
     def judge(self, sample: Sample) -> None:
@@ -258,12 +258,9 @@ class _Runner:
             self._write("difference", sample, name, content)
 
     def _gap(self, sample: Sample, found: Difference) -> float | None:
-        if found.plain is None or found.speculative is None:
-            return None
         try:
             with memory_errors():
-                again = self._request(sample, PLAIN)
-                return logit_gap(self._model, again, found.index, found.plain, found.speculative)
+                return logit_gap(self._model, self._request(sample, PLAIN), found)
         except SpecVLMError as error:
             warnings.warn(f"the logit gap of {sample.id} is not known: {error}", QualityWarning, stacklevel=2)
             return None
@@ -314,7 +311,7 @@ class _Runner:
     def _answered(self, sample: Sample, name: str, prefills: _Prefills) -> Line:
         """Return what one method made of one sample."""
         request, is_timed = self._request(sample, name), self._protocol.is_timed
-        synchronize(*_devices(self._model))  # what the answer before left running is not this one's
+        synchronize(*self._model.devices)  # what the answer before left running is not this one's
         if name == GENERATE:
             return _generated(self._model, request, is_timed=is_timed)
         generation = self._model.generate_request(request, start=prefills.start(request))
@@ -378,10 +375,6 @@ def _line(model: SpecVLM, generation: Generation, *, is_timed: bool) -> Line:
     }
 
 
-def _devices(model: SpecVLM) -> set[torch.device]:
-    return {model.target.device, (model.draft or model.target).device}
-
-
 def _speculated(speculation: Speculation) -> Line:
     return {
         **asdict(speculation),
@@ -404,11 +397,10 @@ def _counted(model: SpecVLM, text: str, token_ids: Sequence[int], finish_reason:
 def _generated(model: SpecVLM, request: Request, *, is_timed: bool) -> Line:
     """Return transformers' own answer. Its prefill holds the encoding of the frames."""
     sampling, target = request.config.sampling, model.target
-    devices = _devices(model)
-    reset_peak(*devices)
+    reset_peak(*model.devices)
     begin = time.perf_counter()
     inputs = model.read(request)
-    synchronize(*devices)
+    synchronize(*model.devices)
     read = time.perf_counter() - begin
     num_new, penalty = sampling.max_new_tokens, sampling.repetition_penalty
     found = reference.generate(target, inputs, max_new_tokens=num_new, repetition_penalty=penalty)
@@ -419,7 +411,7 @@ def _generated(model: SpecVLM, request: Request, *, is_timed: bool) -> Line:
     times = {
         "seconds": seconds | {"total": read + last},
         "ms_per_token": 1e3 * (last - first) / (len(ids) - 1) if len(ids) > 1 else None,
-        "peak_memory_bytes": measure_peak(*devices),
+        "peak_memory_bytes": measure_peak(*model.devices),
     }
     text = target.tokenizer.decode([token for token in ids if token not in target.eos_ids])
     return {

@@ -13,8 +13,7 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from specvlm.bench.data.samples import one_line
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, one_line
 
 
 def fetch(name: str, repository: str, patterns: Iterable[str]) -> Path:

@@ -183,11 +183,6 @@ def spread(items: Sequence[_T], limit: int | None) -> Sequence[_T]:
     return [items[place * len(items) // limit] for place in range(limit)]
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's own words on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _located(claim: Claim, folder: str, remedy: str) -> tuple[str | tuple[str, ...], Mapping[str, float]]:
     """Return what video.load reads, and the settings that belong to it."""
     if _URL.match(claim.videos[0]):

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from specvlm.bench.data import hub
-from specvlm.bench.data.samples import DESCRIBE, Claim, Data, Malformed, Placed, Row, claimed, found, one_line, spread
-from specvlm.errors import ConfigError
+from specvlm.bench.data.samples import DESCRIBE, Claim, Data, Malformed, Placed, Row, claimed, found, spread
+from specvlm.errors import ConfigError, one_line
 
 _SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
 _LETTERS = "ABCDEFGHIJ"
