@@ -14,9 +14,10 @@ import tiny
 import torch
 from PIL import Image
 
-from specvlm import EngineConfig, SpecVLM, VideoConfig, cli, draft, prune, video
+from specvlm import EngineConfig, SpecVLM, VideoConfig, cli, draft, prune
 from specvlm import inspect as inspection
 from specvlm.engine import bundled
+from specvlm.media import load
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PAIR = ("--target", TARGET, "--draft", tiny.checkpoint("qwen2_5_vl", "near"))
@@ -333,7 +334,7 @@ def _lit_cells(path, steps, rows, columns):
 
 def test_inspect_draws_heat_by_score():
     grid = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2))
-    frames = video.load(np.full((1, 56, 56, 3), 90, np.uint8), VideoConfig())
+    frames = load(np.full((1, 56, 56, 3), 90, np.uint8), VideoConfig())
     scores = torch.tensor([0.0, 0.1, 0.2, 0.7])
     found = inspection.Inspection(EngineConfig(), frames, grid, scores, torch.tensor([1, 3]))
     assert found.mass == pytest.approx(0.8)
@@ -350,7 +351,7 @@ def test_inspect_draws_heat_by_score():
 
 def test_inspect_draws_at_most_16_time_steps():
     grid = torch.cartesian_prod(torch.arange(40), torch.arange(4), torch.arange(6))
-    frames = video.load(np.full((80, 56, 84, 3), 90, np.uint8), VideoConfig(fps=2))
+    frames = load(np.full((80, 56, 84, 3), 90, np.uint8), VideoConfig(fps=2))
     scores = torch.full((len(grid),), 1 / len(grid))
     sheet = inspection.draw(inspection.Inspection(EngineConfig(), frames, grid, scores, torch.arange(9)))
     assert sheet.width < 2000

@@ -18,7 +18,7 @@ from specvlm.bench import data
 from specvlm.bench.data import hub
 from specvlm.bench.presets import PRESETS, preset
 from specvlm.config import EngineConfig, VideoConfig
-from specvlm.video import load
+from specvlm.media import load
 
 needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason='needs pip install "specvlm[bench]"')
 GOOD = {"id": "a", "video": "one.mp4", "prompt": "What happens?"}

@@ -20,7 +20,7 @@ from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 from specvlm.families import family_for
 from specvlm.families.base import Inputs, Prompt
 from specvlm.families.pixels import Budget, fit
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 ORACLE = Path(sys.prefix) / "oracle"
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -28,7 +28,7 @@ from specvlm import CapacityError, ConfigError, EngineConfig, MediaError, SpecVL
 from specvlm.account import Speculation, Usage
 from specvlm.lmms import model as adapter
 from specvlm.lmms.model import LmmsModel, to_settings
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 TASK = Path(__file__).parent / "lmms_task"
 PAIR = {"target": tiny.checkpoint("qwen2_5_vl", "target"), "draft": tiny.checkpoint("qwen2_5_vl", "near")}
@@ -317,7 +317,7 @@ def test_any_media_give_the_text_that_the_pair_gives(tmp_path):
     model = LmmsModel(**PAIR, device="cpu", tree="paper")
     results = model.generate_until(requests(model, turns.__getitem__, num=4, max_new_tokens=9, do_sample=False))
     pair = SpecVLM.from_pretrained(**PAIR, device="cpu")
-    cut = {"type": "video", "video": adapter.video.load(path, EngineConfig().replace(start=2.0).video)}
+    cut = {"type": "video", "video": adapter.media.load(path, EngineConfig().replace(start=2.0).video)}
     turns[0][0]["content"][1] = cut
     assert [each.text for each in results] == [pair.generate(turn, max_new_tokens=9).text for turn in turns]
     assert all(each.text for each in results)

@@ -20,10 +20,9 @@ import torch
 from media import HEIGHT, WIDTH, make_audio, make_video, number, numbers, picture, reference, served
 from PIL import Image
 
-from specvlm import video
 from specvlm.config import VideoConfig
 from specvlm.errors import ConfigError, MediaError
-from specvlm.video import Frames, MediaWarning, load
+from specvlm.media import Frames, MediaWarning, fetch, frames, load, reader
 
 C = VideoConfig
 THIRDS = list(range(0, 30, 3))  # of the 30 frames at 6 fps: two a second
@@ -87,14 +86,14 @@ def fails(source: object, *words: str, kind: str = "video", **settings: object) 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list with one item per decoded frame from here on."""
     decoded: list[int] = []
-    original = video._Decoder._decoded
+    original = reader.Decoder._decoded
 
-    def counting(self: video._Decoder, packet: object) -> list:
+    def counting(self: reader.Decoder, packet: object) -> list:
         frames = original(self, packet)
         decoded.extend(frame.pts for frame in frames)
         return frames
 
-    monkeypatch.setattr(video._Decoder, "_decoded", counting)
+    monkeypatch.setattr(reader.Decoder, "_decoded", counting)
     return decoded
 
 
@@ -356,12 +355,12 @@ def test_dense_frames_are_decoded_once_each(long_clip: Path, monkeypatch):
 
 
 def test_a_file_that_cannot_be_entered_is_read_from_the_start(clip: Path, monkeypatch):
-    monkeypatch.setattr(video._Clip, "keyframe", lambda self, limit, after: (limit, limit + 1))  # there is none such
+    monkeypatch.setattr(reader.Clip, "keyframe", lambda self, limit, after: (limit, limit + 1))  # there is none such
     assert numbers(load(clip, C(fps=0.4)).pixels) == [0, 15]
 
 
 def test_memory_is_bounded_before_decoding(clip: Path, monkeypatch):
-    monkeypatch.setattr(video, "MAX_FRAME_BYTES", 5 * WIDTH * HEIGHT * 3)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 5 * WIDTH * HEIGHT * 3)
     decoded = count_decoded(monkeypatch)
     fails(clip, "clip.mp4", "10 frames of 96x64", "--num-frames", fps=2)
     fails(clip, "30 frames", num_frames=10**12)
@@ -522,7 +521,7 @@ def test_an_unreadable_file_is_explained(clip: Path, monkeypatch):
     def refuse(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied", str(clip))  # a mode of 0 does not stop root
 
-    monkeypatch.setattr(video, "_head", refuse)
+    monkeypatch.setattr(fetch, "head_of", refuse)
     fails(clip, "clip.mp4 cannot be read (Permission denied)", "permissions")
 
 
@@ -597,7 +596,7 @@ def test_spoilt_packets_are_skipped_and_told(folder: Path):
     assert numbers(frames.pixels[4:]) == list(range(4, 30))
 
 
-@pytest.mark.filterwarnings("ignore::specvlm.video.MediaWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.media.frames.MediaWarning")
 def test_damage_of_any_kind_raises_nothing_else(made: dict):
     rng = np.random.default_rng(0)
     outcomes = set()
@@ -796,7 +795,7 @@ def test_peak_memory_follows_the_wanted_frames(folder: Path):
     program = (
         "import resource, sys\n"
         "from specvlm.config import VideoConfig\n"
-        "from specvlm.video import load\n"
+        "from specvlm.media import load\n"
         "load(sys.argv[1], VideoConfig(num_frames=1))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "load(sys.argv[1], VideoConfig(num_frames=4, start=1))\n"

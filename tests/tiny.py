@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from specvlm.families import family_for
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

@@ -9,9 +9,9 @@ from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError,
 if TYPE_CHECKING:
     from specvlm.account import Generation
     from specvlm.engine import Request, Round, SpecVLM
+    from specvlm.media import Frames
     from specvlm.prune import pruner
     from specvlm.text import Chunk
-    from specvlm.video import Frames
 
 __all__ = [
     "CapacityError",
@@ -35,7 +35,7 @@ __all__ = [
 
 _HEAVY = {  # names whose module imports torch: 3 to 5 seconds, which `specvlm --help` need not wait for
     "Chunk": "text",
-    "Frames": "video",
+    "Frames": "media",
     "Generation": "account",
     "Request": "engine",
     "Round": "engine",

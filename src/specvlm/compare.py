@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
-from specvlm import video
+from specvlm import media
 from specvlm.account import Generation
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
@@ -124,7 +124,7 @@ def compare(
 
     Args:
         model: a pair.
-        source: what `video.load` reads.
+        source: what `media.load` reads.
         prompt: the question; None asks for a description.
         watch: makes, from the name of a run, an observer of its stages.
 
@@ -134,7 +134,7 @@ def compare(
     check_draft(model)
     drafter = model.config.draft.drafter
     watch("")("read")
-    frames = video.load(source, model.config.video)
+    frames = media.load(source, model.config.video)
 
     def run(name: str, **settings: Any) -> Generation:
         request = model.request(frames, prompt, **settings)

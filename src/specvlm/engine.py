@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm import costs, prune, tree, verify, video
+from specvlm import costs, media, prune, tree, verify
 from specvlm import draft as drafting
 from specvlm.account import Decision, Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
@@ -162,7 +162,7 @@ class SpecVLM:
         """Prepare a request: messages in the usual chat form, or a video source and a question.
 
         Args:
-            source: a list of messages; or anything that `video.load` reads; or None for a question without a video.
+            source: a list of messages; or anything that `media.load` reads; or None for a question without a video.
             prompt: the question; None asks for a description. Not beside messages.
             **settings: any field of the configs, as in `EngineConfig.replace`.
 
@@ -415,10 +415,10 @@ class SpecVLM:
             CapacityError: prompt and new tokens exceed the target's context.
         """
         config, target = request.config, self.target
-        media = [video.load(source, config.video, kind=kind) for kind, source in request.media]
+        found = [media.load(source, config.video, kind=kind) for kind, source in request.media]
         inputs = target.family.inputs(
             request.messages,
-            media,
+            found,
             max_pixels=config.video.max_pixels,
             total_pixels=config.video.total_pixels,
             device=target.device,

@@ -16,11 +16,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from specvlm import prune, video
+from specvlm import media, prune
 from specvlm.config import EngineConfig
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 MAX_STEPS = 16  # time steps drawn
 TILE = 224  # pixels that a frame is wide or high, about
@@ -105,14 +105,14 @@ def inspect(
 
     Args:
         model: any; its draft is not used.
-        source: what `video.load` reads.
+        source: what `media.load` reads.
         prompt: the question; None asks for a description.
         watch: observer of the stages.
         **settings: any field of the configs, as in `EngineConfig.replace`.
     """
     watch("read")
     request = model.request(source, prompt, **settings)
-    frames = video.load(source, request.config.video)
+    frames = media.load(source, request.config.video)
     request.media = [("video", frames)]
     request.seconds.on_stage = watch
     start = model.prefill(request, is_scored=True)  # a pruner that reads no scores is shown with them too

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from specvlm import reference, video
+from specvlm import media, reference
 from specvlm.compare import Difference, check_draft, first_difference
 from specvlm.config import SamplingConfig
 from specvlm.engine import SpecVLM
@@ -93,7 +93,7 @@ def verify(
 
     Args:
         model: a pair.
-        source: what `video.load` reads.
+        source: what `media.load` reads.
         prompt: the question; None asks for a description.
         name: of the proof.
         watch: makes, from the name of a run, an observer of its stages.
@@ -105,7 +105,7 @@ def verify(
     check_draft(model)
     _check(model, settings)
     watch("")("read")
-    frames = video.load(source, model.config.replace(**settings).video)
+    frames = media.load(source, model.config.replace(**settings).video)
     if model.target.dtype != torch.float32:
         ways = {"plain": {"drafter": "none"}, **WAYS}
         found = ties(model, frames, prompt, ways=ways, has_generate=True, watch=watch, **settings).found

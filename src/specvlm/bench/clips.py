@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 PROMPT = "Describe step by step what the video shows."  # a prompt of 64 text tokens in planted Qwen2.5-VL and LLaVA
 _FPS = 2.0

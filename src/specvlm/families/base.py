@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 Message = dict[str, Any]  # {"role": str, "content": str | list of {"type": "text" | "video" | "image", ...}}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families.base import Inputs, Message, Prompt, Visual, parts
 from specvlm.families.pixels import Limits, read_json
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 _KINDS = ("image", "video")
 _TYPE_ID = {"image": 1, "video": 2}  # HF's mm_token_type_ids

@@ -16,7 +16,7 @@ from specvlm.errors import UnsupportedModel
 from specvlm.families.base import Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import Limits, normalize, processor_settings, resize
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 _DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "do_center_crop": False}
 _SHRINK_ABOVE = 1.1  # the model shrinks tiles whose side exceeds its bound by more than this

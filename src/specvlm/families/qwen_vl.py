@@ -24,7 +24,7 @@ from specvlm.families.pixels import (
     processor_settings,
     resize,
 )
-from specvlm.video import Frames
+from specvlm.media import Frames
 
 # What the HF processor classes assume where a checkpoint's files are silent.
 _IMAGE_DEFAULTS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from lmms_eval.models.model_utils.gen_metrics import calculate_token_throughput,
 from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
-from specvlm import video
+from specvlm import media
 from specvlm.account import Generation, Speculation
 from specvlm.config import EngineConfig, VideoConfig
 from specvlm.engine import SpecVLM
@@ -240,7 +240,7 @@ def _part(part: dict[str, Any], config: VideoConfig) -> dict[str, Any]:
     start, end = (part.get(f"{name}_time", part.get(f"video_{name}")) for name in ("start", "end"))
     if start is end is None:
         return part
-    return {"type": "video", "video": video.load(source_of(part), replace(config, start=start or 0.0, end=end))}
+    return {"type": "video", "video": media.load(source_of(part), replace(config, start=start or 0.0, end=end))}
 
 
 def _parsed(name: str, value: Any) -> Any:

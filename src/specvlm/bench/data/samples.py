@@ -29,7 +29,7 @@ class Sample:
     """One question about one video."""
 
     id: str  # unique within the data; any text
-    video: str | tuple[str, ...]  # what video.load reads: a path or URL, or the files of the frames
+    video: str | tuple[str, ...]  # what media.load reads: a path or URL, or the files of the frames
     prompt: str
     group: str  # samples of one video share it: intervals are clustered by it
     settings: Mapping[str, Any] = field(default_factory=dict)  # of this sample alone: start and end of the part to read
@@ -184,7 +184,7 @@ def spread(items: Sequence[_T], limit: int | None) -> Sequence[_T]:
 
 
 def _located(claim: Claim, folder: str, remedy: str) -> tuple[str | tuple[str, ...], Mapping[str, float]]:
-    """Return what video.load reads, and the settings that belong to it."""
+    """Return what media.load reads, and the settings that belong to it."""
     if _URL.match(claim.videos[0]):
         return claim.videos[0], claim.cut
     for path in (os.path.join(folder, video) for video in claim.videos):

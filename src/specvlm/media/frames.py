@@ -1,0 +1,142 @@
+"""Frames, and what is already in memory: arrays, tensors and Frames."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from specvlm.config import DEFAULT_FPS, VideoConfig
+from specvlm.errors import MediaError
+
+MAX_FRAME_BYTES = 16 << 30
+
+
+class MediaWarning(UserWarning):
+    """A file is damaged, but holds frames that can be used."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one video, or one image."""
+
+    pixels: Tensor  # [T, 3, H, W] uint8, RGB
+    seconds: Tensor  # [T] float64, the time of each frame
+    fps: float  # frames a second among these frames (the sampling rate, not the file's)
+    kind: str = "video"  # "video" or "image" (T = 1)
+
+
+Array: TypeAlias = npt.NDArray[Any]
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+Source: TypeAlias = (
+    str | os.PathLike[str] | bytes | BinaryIO | Array | Tensor | Image.Image | Sequence[Any] | Frames
+)  # fmt: skip
+Data: TypeAlias = str | bytes  # a path, or the file's bytes
+
+
+def still(pixels: Tensor, config: VideoConfig, kind: str) -> Frames:
+    """Return one picture [3, H, W] as Frames."""
+    return Frames(pixels[None], torch.zeros(1, dtype=torch.float64), config.fps or DEFAULT_FPS, kind)
+
+
+def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
+    """Return the part and the share of the frames that the config asks for; loading twice changes nothing."""
+    as_pixels(frames.pixels, "Frames.pixels", axes=4)
+    if kind == "image":
+        return replace(one_image(frames.pixels, "Frames"), seconds=frames.seconds, fps=frames.fps)
+    seconds, last = frames.seconds.cpu().numpy(), float(frames.seconds[-1])
+    end = min(last + 1 / frames.fps, config.end or math.inf)
+    check_start(config, end, "Frames")
+    first = max(int(np.searchsorted(seconds, config.start + 1e-6, "right")) - 1, 0)
+    index = np.arange(first, max(int(np.searchsorted(seconds, end - 1e-6)), first + 1))
+    fps = frames.fps
+    if config.fps is not None and config.fps < fps * (1 - 1e-6):
+        times = regular(config.start, end, config.fps, slack=1e-6)
+        index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), config.fps
+    thin = _thinned(len(index), config)
+    if len(thin) == len(frames.seconds):
+        return replace(frames, kind=kind)
+    chosen = torch.from_numpy(index[thin])
+    pixels = frames.pixels[chosen.to(frames.pixels.device)]
+    return Frames(pixels, frames.seconds[chosen.to(frames.seconds.device)], fps * len(thin) / len(index), kind)
+
+
+def from_array(array: Array | Tensor, config: VideoConfig, kind: str) -> Frames:
+    """Return raw frames [T, H, W, 3] or [T, 3, H, W], or a raw image without the T, as Frames."""
+    name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} of shape {list(array.shape)}"
+    if kind == "image":
+        return one_image(as_pixels(array, name, axes=array.ndim), name)
+    pixels = as_pixels(array, name, axes=4)
+    index, seconds, fps = untimed(len(pixels), config, name)
+    return Frames(pixels if len(index) == len(pixels) else pixels[index], seconds, fps)
+
+
+def as_pixels(array: Array | Tensor, name: str, *, axes: int) -> Tensor:
+    """Return uint8 pixels [..., 3, H, W] (contiguous; a tensor stays on its device)."""
+    if array.dtype not in (np.uint8, torch.uint8):
+        raise MediaError(f"{name} has dtype {array.dtype}: pixels must be uint8, 0 to 255 (floats: (x * 255).round())")
+    shape = tuple(array.shape)
+    if array.ndim != axes or axes not in (3, 4) or 3 not in (shape[-1], shape[-3]):
+        wanted = "[T, H, W, 3] or [T, 3, H, W]" if axes == 4 else "[H, W, 3] or [3, H, W]"
+        raise MediaError(f"{name} is not {wanted}: reorder its axes")
+    if 0 in shape:
+        raise MediaError(f"{name} is empty: pass at least one frame with pixels")
+    if isinstance(array, np.ndarray):
+        array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return (array.movedim(-1, -3) if shape[-1] == 3 else array).contiguous()
+
+
+def one_image(pixels: Tensor, name: str) -> Frames:
+    """Return pixels [3, H, W] or [1, 3, H, W] as an image."""
+    if pixels.ndim == 4 and len(pixels) != 1:
+        raise MediaError(f"{name} has {len(pixels)} frames, an image has one: pass it as a video")
+    return still(pixels.reshape(pixels.shape[-3:]), VideoConfig(), "image")
+
+
+def untimed(num: int, config: VideoConfig, name: str) -> tuple[Tensor, Tensor, float]:
+    """Return indices, seconds and rate of what the config asks of `num` frames that have no timestamps."""
+    fps = config.fps or DEFAULT_FPS
+    end = min(num / fps, config.end or math.inf)
+    check_start(config, end, name)
+    first = math.ceil(config.start * fps - 1e-6)
+    part = np.arange(first, max(min(math.ceil(end * fps - 1e-6), num), first + 1)).clip(max=num - 1)
+    thin = _thinned(len(part), config)
+    index = torch.from_numpy(part[thin])
+    return index, index.to(torch.float64) / fps, fps * len(thin) / len(part)
+
+
+def _thinned(num: int, config: VideoConfig) -> npt.NDArray[np.int64]:
+    """Return at most num_frames (or max_frames) evenly spread indices below `num`."""
+    wanted = min(num, config.num_frames or config.max_frames)
+    return np.arange(wanted, dtype=np.int64) * num // wanted
+
+
+def check_start(config: VideoConfig, end: float, name: str) -> None:
+    """Raise MediaError where the wanted part begins behind the end (both in seconds)."""
+    if config.start >= end - 1e-6:
+        raise MediaError(
+            f"{name}: start={config.start:g} s is not before its end at {end:.6g} s: choose an earlier start"
+        )
+
+
+def check_size(name: str, count: int, width: int, height: int) -> None:
+    """Raise MediaError where this many RGB frames take more than MAX_FRAME_BYTES."""
+    if (size := count * width * height * 3) > MAX_FRAME_BYTES:
+        raise MediaError(
+            f"{name}: {count} frames of {width}x{height} take {size / 2**30:.1f} GiB, the limit is "
+            f"{MAX_FRAME_BYTES / 2**30:.3g} GiB: read fewer (--num-frames, --fps, --max-frames, --start, --end)"
+        )
+
+
+def regular(start: float, end: float, fps: float, *, slack: float) -> Floats:
+    """Return start + i / fps while below `end`; ends that are measured, not given, are blurred by `slack` seconds."""
+    count = max(math.ceil((end - start - min(slack, 0.25 / fps)) * fps), 1)
+    return start + np.arange(count) / fps
