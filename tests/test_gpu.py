@@ -1,6 +1,7 @@
 """The same promises on a GPU: fused kernels and CUDA graphs against the Hugging Face modules."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -29,6 +30,9 @@ def load_pair(family, device="cuda", draft_device="cuda", dtype="float32"):
     return SpecVLM(target, VideoLM.from_pretrained(tiny.checkpoint(family, "near"), device=draft_device, dtype=dtype))
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
 def draft_devices():
     return ["cuda", "cpu"] + ["cuda:1"] * (torch.cuda.device_count() > 1)
 
@@ -53,6 +57,51 @@ def test_fp32_is_lossless_wherever_the_draft_sits(family, draft_device):
     assert accepted > 0
     penalised = [model.generate(**ask, repetition_penalty=1.3, eager=eager).token_ids for eager in (False, True)]
     assert penalised[0] == penalised[1] != plain.token_ids
+
+
+@TWO_GPUS
+@pytest.mark.filterwarnings("ignore::specvlm.draft.DraftWarning")
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("places", [("cuda:1", "cuda:0"), ("cuda:1", "cuda:1"), ("cuda:1", "cpu"), ("cpu", "cuda:1")])
+def test_whichever_gpu_is_current(family, places, current):
+    with torch.cuda.device(current):
+        model = load_pair(family, *places)
+        ask = {"source": tiny.video(6), "prompt": "red ball, red ball, red ball", "max_new_tokens": LENGTH}
+        for sampling in ({}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 1.3}):
+            plain = model.generate(**ask, **sampling, drafter="none").token_ids
+            for settings in (
+                {"policy": "auto"},
+                {"tree": "paper", "keep_ratio": 0.5},
+                {"tree": "dynamic:7:3", "lookup_tokens": 5, "policy": "fixed"},
+                {"drafter": "self", "tree": "paper", "keep_ratio": 0.5, "refresh": 2},
+                {"drafter": "lookup", "policy": "fixed"},
+                {"eager": True},
+            ):
+                assert model.generate(**ask, **sampling, **settings).token_ids == plain, (sampling, settings)
+        assert torch.cuda.current_device() == current
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_a_quantised_draft_on_another_gpu(family, format):
+    pair = load_pair(family, "cuda:0", "cuda:1", dtype="bfloat16")
+    model = SpecVLM(pair.target, pair.draft.quantised(format))
+    ask = {"source": tiny.video(6), "prompt": PROMPT, "max_new_tokens": LENGTH, "keep_ratio": 1.0, "tree": "paper"}
+    answer, again = model.generate(**ask), model.generate(**ask)
+    assert answer.token_ids == again.token_ids
+    assert answer.speculation.accepted_tokens > 0
+    assert again.seconds["capture"] == 0
+
+
+def test_threads_capture_one_after_another(family):
+    """A capture in one thread, while others allocate, copy and wait, harms neither."""
+    model = load_pair(family)
+    trees = ["chain:1", "chain:3", "chain:5", "paper", "dynamic:7:3", "dynamic:15:4"]
+    ask = {"source": tiny.video(6), "prompt": PROMPT, "max_new_tokens": LENGTH, "keep_ratio": 0.5, "policy": "fixed"}
+    plain = model.generate(**ask, drafter="none").token_ids
+    with ThreadPoolExecutor(len(trees)) as pool:
+        answers = list(pool.map(lambda spec: model.generate(**ask, tree=spec).token_ids, trees))
+    assert answers == [plain] * len(trees)
 
 
 @pytest.mark.filterwarnings("ignore::specvlm.draft.DraftWarning")

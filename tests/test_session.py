@@ -1,6 +1,8 @@
 """Sessions: the fused decoder against the Hugging Face modules, prefill in chunks, and storage that is handed on."""
 
 import gc
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -132,6 +134,49 @@ def test_the_graphs_least_used_of_late_make_room(monkeypatch):
     assert workspace.has("a")
     assert workspace.has("b")
     assert not workspace.has("c")
+
+
+class Cuda:
+    """torch.cuda as far as a capture needs it: which device is current, and torch's one default stream for captures."""
+
+    default_capture_stream = None
+
+    def __init__(self):
+        self.current = torch.device("cuda:0")
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def Stream(self, device=None):
+        return SimpleNamespace(device=device or self.current, wait_stream=lambda other: None)
+
+    def stream(self, stream):
+        return self.device(stream.device)
+
+    def current_stream(self, device=None):
+        return self.Stream(device)
+
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.default_capture_stream = self.default_capture_stream or self.Stream()
+        graph.captured_on = stream or self.default_capture_stream
+        return self.stream(graph.captured_on)
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+
+def test_graphs_of_two_devices_are_captured_each_on_its_own(monkeypatch):
+    cuda, ran = Cuda(), []
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda))
+    for device in map(torch.device, ("cuda:0", "cuda:1", "cuda:0", "cuda:1")):
+        graph = graphs.Graph(lambda: ran.append(cuda.current), "pool", device)
+        assert graph._graph.captured_on.device == device
+        assert ran[-2:] == [device, device]  # once to warm up, once captured
+        assert cuda.current == torch.device("cuda:0")
+    graphs._capture_stream.cache_clear()
 
 
 def test_too_small_storage_is_given_up():

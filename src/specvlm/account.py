@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from specvlm.config import EngineConfig
+from specvlm.graphs import wait
 from specvlm.policy import Choice
 
 
@@ -94,9 +95,7 @@ class Seconds:
         begin, outer = time.perf_counter(), self._inner
         self._inner = 0.0
         yield
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        wait(*devices)
         elapsed = time.perf_counter() - begin
         self._stages[name] += elapsed - self._inner
         self._inner = outer + elapsed

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from specvlm.draft import Drafter
+from specvlm.graphs import wait
 from specvlm.policy import WIDTHS, Costs
 from specvlm.session import Session
 from specvlm.tree import Shape, Tree
@@ -66,8 +67,6 @@ def _ms(action: Callable[[], None], devices: set[torch.device], runs: int) -> fl
     for _ in range(runs):
         begin = time.perf_counter()
         action()
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        wait(*devices)
         times.append(1e3 * (time.perf_counter() - begin))
     return min(times)

@@ -140,7 +140,8 @@ class SpecVLM:
                 raise ConfigError(f"{name}={value!r} is not allowed without a draft: name one")
         if draft_device is not None and draft == "self":
             raise ConfigError(f"draft_device={draft_device!r} is not allowed for self-drafting: leave it out")
-        is_same = draft is not None and os.fspath(draft) == os.fspath(target) and draft_device in (None, device)
+        is_same = draft is not None and os.fspath(draft) == os.fspath(target)
+        is_same = is_same and resolve_device(draft_device or device) == resolve_device(device)
         is_shared = draft == "self" or is_same
         if draft_quant is not None:
             if drafter == "self" and not is_shared:  # it would be quantised and never asked

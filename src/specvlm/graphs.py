@@ -3,6 +3,10 @@
 A graph replays the same kernels on the same addresses, so everything that changes from pass to pass lives in a
 `Workspace`: the KV rows, the state on the device (where the known text ends, and at which position), the input tokens.
 A workspace serves one session at a time and is handed on with its graphs: the next request captures nothing.
+
+Several devices and threads: whatever launches kernels or captures runs inside `on(device)` of its model, a capture on
+that device's own stream and no two captures at once. Copies between devices need nothing besides: torch orders them
+behind the current streams of both.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,11 +26,31 @@ T = TypeVar("T")
 _ROUND_UP = 1024  # rows: capacities of similar requests coincide, so that their workspace can be shared
 _MOST_GRAPHS = 192  # of a workspace: a drafter whose trees change every round must not fill the GPU with them
 _MOST_FREE = 2  # a model that drafts for itself leases two at a time
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one: Triton launches and graphs replay there, whatever their tensors say."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def wait(*devices: torch.device) -> None:
+    """Wait for the work that was queued on the current streams of GPUs.
+
+    Not for the whole device: that fails while another thread captures a graph there.
+    """
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+@cache
+def _capture_stream(device: torch.device) -> Any:
+    """Return the stream on which a device's graphs are captured: graphs share a memory pool only on one stream.
+
+    Left to itself, torch captures all graphs of a process on one stream of the device that came first.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Graph(Generic[T]):
@@ -37,14 +62,14 @@ class Graph(Generic[T]):
     """
 
     def __init__(self, run: Callable[[], T], pool: Any, device: torch.device) -> None:
-        with on(device):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
+        with _capturing, on(device):
+            side = _capture_stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 run()  # compiles kernels and lets libraries allocate what must not be allocated in a capture
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._output = run()
 
     def replay(self) -> T:

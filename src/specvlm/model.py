@@ -204,19 +204,17 @@ class VideoLM:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device of a setting.
+    """Return the torch device of a setting, a GPU's with its number.
 
     Raises:
         ConfigError: it does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} is not available: {_first_line(error)}; try auto or cpu") from error
-    return place
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from specvlm.families import Inputs
-from specvlm.graphs import on
+from specvlm.graphs import on, wait
 from specvlm.model import VideoLM
 
 
@@ -69,8 +68,7 @@ def generate(
         if assistant is not None:
             contexts.enter_context(assistant.stock_attention())
             options["assistant_model"] = assistant.hf
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         begin = time.perf_counter()
         out = target.hf.generate(
             input_ids=ids[None],

@@ -187,7 +187,8 @@ class HFSession(Session):
 
     def run(self, key: Hashable, function: Callable[[], T]) -> T:
         """Run the function."""
-        return function()
+        with on(self.model.device):
+            return function()
 
     def _language_model(self, embeds: Tensor, positions: Tensor, plan: attention.Plan, **extras: Any) -> Tensor:
         """Run new rows [1, T, D]; return their hidden states [T, D]."""

@@ -6,11 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from specvlm.account import Decision, measure_peak, reset_peak
 from specvlm.bench.clips import PROMPT
 from specvlm.engine import Prefilled, SpecVLM
+from specvlm.graphs import wait
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def decode(model: SpecVLM, start: Prefilled, **settings: Any) -> Pass:
     begin = time.perf_counter()
     for latest in rounds:
         ids += latest.token_ids
-    synchronize(*devices)
+    wait(*devices)
     wall = time.perf_counter() - begin
     seconds, speculation = request.seconds.to_dict(), request.speculation
     totals = ("decode", "time_to_first_token", "total")
@@ -71,10 +70,3 @@ def decode(model: SpecVLM, start: Prefilled, **settings: Any) -> Pass:
         measure_peak(*devices),
         tuple(request.decisions),
     )
-
-
-def synchronize(*devices: torch.device) -> None:
-    """Wait for the GPUs among the devices."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

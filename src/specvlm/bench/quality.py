@@ -43,12 +43,12 @@ from specvlm.bench.data import Data, Sample
 from specvlm.bench.hardware import gpu_name
 from specvlm.bench.journal import PLAIN, Journal, Line
 from specvlm.bench.methods import GENERATE
-from specvlm.bench.passes import synchronize
 from specvlm.bench.provenance import command_line, provenance
 from specvlm.compare import Difference, first_difference, ms_a_token
 from specvlm.config import SamplingConfig, VideoConfig
 from specvlm.engine import Prefilled, Request, SpecVLM, bundled
 from specvlm.errors import ConfigError, SpecVLMError, memory_errors, one_line
+from specvlm.graphs import wait
 from specvlm.inspect import inspect
 from specvlm.ties import logit_gap
 
@@ -311,7 +311,7 @@ class _Runner:
     def _answered(self, sample: Sample, name: str, prefills: _Prefills) -> Line:
         """Return what one method made of one sample."""
         request, is_timed = self._request(sample, name), self._protocol.is_timed
-        synchronize(*self._model.devices)  # what the answer before left running is not this one's
+        wait(*self._model.devices)  # what the answer before left running is not this one's
         if name == GENERATE:
             return _generated(self._model, request, is_timed=is_timed)
         generation = self._model.generate_request(request, start=prefills.start(request))
@@ -400,7 +400,7 @@ def _generated(model: SpecVLM, request: Request, *, is_timed: bool) -> Line:
     reset_peak(*model.devices)
     begin = time.perf_counter()
     inputs = model.read(request)
-    synchronize(*model.devices)
+    wait(*model.devices)
     read = time.perf_counter() - begin
     num_new, penalty = sampling.max_new_tokens, sampling.repetition_penalty
     found = reference.generate(target, inputs, max_new_tokens=num_new, repetition_penalty=penalty)
