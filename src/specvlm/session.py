@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -165,6 +166,11 @@ class HFSession(Session):
 
     is_captured = False
 
+    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
+        super().__init__(model, prompt, capacity)
+        takes = inspect.signature(model.hf.model.language_model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
+
     def _prefill(self, prompt: Prompt, scores: attention.Scores | None) -> Tensor:
         extras: dict[str, Any] = {}
         if prompt.deepstack:
@@ -192,7 +198,7 @@ class HFSession(Session):
 
     def _language_model(self, embeds: Tensor, positions: Tensor, plan: attention.Plan, **extras: Any) -> Tensor:
         """Run new rows [1, T, D]; return their hidden states [T, D]."""
-        kwargs = {"past_key_values": self.cache, "use_cache": True, "plan": plan, **extras}
+        kwargs = {self._cache_name: self.cache, "use_cache": True, "plan": plan, **extras}
         out = self.model.hf.model.language_model(inputs_embeds=embeds, position_ids=positions, **kwargs)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
