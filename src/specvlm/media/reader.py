@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specvlm.config import VideoConfig
 from specvlm.errors import MediaError
-from specvlm.media.content import line_of, looks_like
+from specvlm.media.content import described, line_of
 from specvlm.media.frames import Array, Data, Floats, Frames, MediaWarning
 from specvlm.media.times import plan, spread
 
@@ -79,7 +79,7 @@ class Clip:
             return av.open(source, container_options=options, metadata_errors="replace")
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(
-                f"{self.name} cannot be read as a video{looks_like(self._data)} ({line_of(error)})"
+                f"{self.name} cannot be read as a video{described(self._data, 'video')} ({line_of(error)})"
             ) from error
 
     def video_stream(self, container: Any) -> Any:
