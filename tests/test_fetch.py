@@ -20,6 +20,7 @@ from PIL import Image
 
 from specvlm import ConfigError, MediaError, VideoConfig
 from specvlm.media import Frames, MediaWarning, download, fetch, load
+from specvlm.status import no_litter
 
 C = VideoConfig
 
@@ -433,3 +434,15 @@ def test_arrays_without_plain_pixels_are_explained(array: object, word: str):
 def test_base64_may_be_broken_into_lines(clip: Path):
     text = base64.encodebytes(clip.read_bytes()).decode()
     assert len(load(f"data:video/mp4;base64,{text}", C(num_frames=2)).pixels) == 2
+
+
+def test_the_empty_folder_of_torchs_compiler_is_taken_away(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for name, content in (("empty", None), ("used", "graph")):
+        with no_litter():
+            (tmp_path / name).mkdir()
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+            if content:
+                (tmp_path / name / content).touch()
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
