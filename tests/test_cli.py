@@ -15,14 +15,17 @@ from PIL import Image
 
 from specvlm import EngineConfig, SpecVLM, cli, draft, prune
 from specvlm import inspect as inspection
-from specvlm.engine import DEFAULT_PROMPT, bundled
+from specvlm.engine import bundled
+from specvlm.sources import DEFAULT_PROMPT
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PAIR = ("--target", TARGET, "--draft", tiny.checkpoint("qwen2_5_vl", "near"))
 SHORT = ("--max-new-tokens", "12")
 SETTINGS = {  # another value than the default for every setting, as it is written and as it arrives
     "num_frames": ("5", 5), "fps": ("1.5", 1.5), "start": ("1", 1.0), "end": ("9", 9.0), "max_frames": ("7", 7),
-    "max_pixels": ("9000", 9000), "total_pixels": ("90000", 90000), "max_download_bytes": ("99", 99),
+    "max_pixels": ("9000", 9000), "min_frames": ("3", 3), "min_pixels": ("900", 900), "fit": ("error", "error"),
+    "resized_height": ("56", 56), "resized_width": ("56", 56), 
+    "total_pixels": ("90000", 90000), "max_download_bytes": ("99", 99),
     "timeout": ("3", 3.0), "keep_ratio": ("0.2", 0.2), "keep_tokens": ("8", 8), "pruner": ("window", "window"),
     "mass": ("0.5", 0.5), "spacing": ("sequence", "sequence"), "window": ("back", "back"), "per_visual": (None, True),
     "focus": ("0.25", 0.25),
@@ -34,11 +37,11 @@ SETTINGS = {  # another value than the default for every setting, as it is writt
     "stop": ("END", ("END",)), "ignore_eos": (None, True), "eager": (None, True),
 }  # fmt: skip
 KEYS = {
-    "": {"text", "token_ids", "finish_reason", "usage", "speculation", "seconds", "peak_memory_bytes", "config",
-         "versions"},
+    "": {"prompt", "media", "text", "token_ids", "finish_reason", "usage", "speculation", "seconds",
+         "peak_memory_bytes", "config", "versions"},
     "usage": {"prompt_tokens", "visual_tokens", "kept_visual_tokens", "completion_tokens"},
     "speculation": {"rounds", "target_passes", "drafted_tokens", "accepted_tokens", "mean_accepted_length",
-                    "acceptance_length", "accepted_per_depth", "decisions"},
+                    "acceptance_length", "accepted_per_depth"},
     "seconds": {"read", "encode", "prefill", "prune", "draft_prefill", "calibrate", "capture", "decode",
                 "time_to_first_token", "total"},
     "config": {"models", "video", "prune", "draft", "sampling", "run"},
@@ -193,7 +196,9 @@ def test_every_setting_is_an_option(name):
     option = f"--{name.replace('_', '-')}"
     argv = ["describe", "x.mp4", option, *([] if written is None else [written])]
     assert wanted != next(setting.default for setting in config_fields() if setting.name == name)
-    assert cli._parse(argv).settings == {name: wanted}
+    other = {"resized_height": "resized_width", "resized_width": "resized_height"}.get(name)  # they go together
+    more = [] if other is None else [f"--{other.replace('_', '-')}", "84"]
+    assert cli._parse([*argv, *more]).settings == {name: wanted} | ({other: 84} if other else {})
 
 
 def test_stop_may_be_repeated():

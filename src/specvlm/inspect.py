@@ -19,10 +19,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from specvlm import media, prune
+from specvlm import prune
 from specvlm.config import EngineConfig
-from specvlm.engine import DEFAULT_PROMPT, SpecVLM
+from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
+from specvlm.families import last_words
 from specvlm.media import Frames
 
 MAX_STEPS = 16  # time steps drawn
@@ -125,22 +126,25 @@ def inspect(
 
     Args:
         model: any; its draft is not used.
-        source: what `media.load` reads.
+        source: what `SpecVLM.request` takes.
         prompt: the question; None asks for a description.
         watch: observer of the stages.
         **settings: any field of the configs, as in `EngineConfig.replace`.
     """
     watch("read")
-    prompt = DEFAULT_PROMPT if prompt is None else prompt
-    request = model.request(source, prompt, **settings)
-    frames = media.load(source, request.config.video)
-    request.media = [("video", frames)]
+    request = model.load(source, prompt, **settings)
+    found = request.loaded.media if request.loaded else ()
+    if len(found) != 1:
+        raise ConfigError(f"{len(found)} videos cannot be drawn at once: give one")
+    (frames,) = found
     request.seconds.on_stage = watch
     start = model.prefill(request, is_scored=True)  # a pruner that reads no scores is shown with them too
     config = request.config
     keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
     name = _name(source) or f"{len(frames.seconds)} frames"
-    return Inspection(name, prompt, config, frames, start.prompt.grid.cpu(), start.scores.cpu(), keep.cpu())
+    return Inspection(
+        name, last_words(request.messages), config, frames, start.prompt.grid.cpu(), start.scores.cpu(), keep.cpu()
+    )
 
 
 def _name(source: Any) -> str:

@@ -59,9 +59,10 @@ def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
     first = max(int(np.searchsorted(seconds, config.start + 1e-6, "right")) - 1, 0)
     index = np.arange(first, max(int(np.searchsorted(seconds, end - 1e-6)), first + 1))
     fps = frames.fps
-    if config.fps is not None and config.fps < fps * (1 - 1e-6):
-        times = regular(config.start, end, config.fps, slack=1e-6)
-        index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), config.fps
+    wanted = None if config.fps is None else max(config.fps, (config.min_frames or 0) / (end - config.start))
+    if wanted is not None and wanted < fps * (1 - 1e-6):
+        times = regular(config.start, end, wanted, slack=1e-6)
+        index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), wanted
     thin = _thinned(len(index), config)
     if len(thin) == len(frames.seconds):
         return replace(frames, kind=kind)

@@ -36,6 +36,8 @@ def plan(clip: Clip, config: VideoConfig) -> tuple[Floats, float]:
         check_size(clip.name, count, *clip.size)
         return config.start + np.arange(count) * (span / count), count / span
     rate = config.fps or DEFAULT_FPS
+    if config.min_frames is not None:
+        rate = max(rate, config.min_frames / span)
     if (span - slack) * rate > config.max_frames:
         rate = config.max_frames / span
     if rate > clip.rate * (1 + 1e-6):  # the header says that the file has fewer: count them
