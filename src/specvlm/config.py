@@ -44,6 +44,7 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 DEFAULT_FPS = 2.0  # what Qwen's processors sample at
+PENALTIES = (1e-3, 1e3)  # least and largest repetition penalty: logits stay finite
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class SpecVLM:
         self._acceptance: dict[Hashable, Acceptance] = {}
         if draft is not None:
             check_pair(target, draft)
+        target.rules.check()
 
     @classmethod
     def from_pretrained(
@@ -192,7 +193,7 @@ class SpecVLM:
         """Return the config with every default that depends on the checkpoint or on chance filled in."""
         filled: dict[str, Any] = {}
         if config.sampling.repetition_penalty is None:
-            filled["repetition_penalty"] = self.target.repetition_penalty
+            filled["repetition_penalty"] = self.target.rules.repetition_penalty
         if config.sampling.temperature > 0 and config.sampling.seed is None:
             filled["seed"] = secrets.randbits(32)
         if config.video.fps is None and config.video.num_frames is None:
@@ -248,7 +249,9 @@ class SpecVLM:
         if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
             problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
             raise CapacityError(f"{problem}: prefill again with that setting")
-        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size))
+        ids = start.prompt.input_ids
+        processors = self.target.rules.processors(ids, sampling)
+        verifier = verify.Verifier(sampling, verify.seen_in(ids, self.target.vocab_size), processors)
         ending = _Ending(sampling, self.target.eos_ids)
         drafter = drafting.create(config.draft, self.draft, self.target)
 
