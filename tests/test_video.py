@@ -23,6 +23,7 @@ from PIL import Image
 from specvlm.config import VideoConfig
 from specvlm.errors import ConfigError, MediaError
 from specvlm.media import Frames, MediaWarning, fetch, frames, load, reader
+from specvlm.media.clip import Entry
 
 C = VideoConfig
 THIRDS = list(range(0, 30, 3))  # of the 30 frames at 6 fps: two a second
@@ -355,7 +356,9 @@ def test_dense_frames_are_decoded_once_each(long_clip: Path, monkeypatch):
 
 
 def test_a_file_that_cannot_be_entered_is_read_from_the_start(clip: Path, monkeypatch):
-    monkeypatch.setattr(reader.Clip, "keyframe", lambda self, limit, after: (limit, limit + 1))  # there is none such
+    monkeypatch.setattr(
+        reader.Clip, "entry", lambda self, limit, after: Entry(limit + 1, target=limit)
+    )  # there is none such
     assert numbers(load(clip, C(fps=0.4)).pixels) == [0, 15]
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specvlm.config import DEFAULT_FPS, VideoConfig
-from specvlm.media import frames
 from specvlm.media.frames import Floats, check_size, check_start, regular
 
 if TYPE_CHECKING:
-    from specvlm.media.reader import Clip
+    from specvlm.media.clip import Clip
+
+_FEW_FRAMES = 256  # more are asked for than this: how many the file has is counted first, which decodes none
 
 
 def spread(pts: Floats, times: Floats) -> Floats:
@@ -25,19 +27,44 @@ def spread(pts: Floats, times: Floats) -> Floats:
     return pts[np.minimum(rising, len(pts) - len(times) + place)]
 
 
-def plan(clip: Clip, config: VideoConfig) -> tuple[Floats, float]:
-    """Return the wanted times in seconds and their rate, before a frame is decoded."""
+@dataclass(frozen=True)
+class Plan:
+    """Which times are wanted."""
+
+    times: Floats  # seconds, ascending
+    rate: float  # frames a second
+    start: float  # of the wanted part
+    end: float
+
+    def at(self, times: Floats) -> Plan:
+        """Return a plan of other times in the same part."""
+        return replace(self, times=times, rate=len(times) / (self.end - self.start))
+
+
+def plan(clip: Clip, config: VideoConfig) -> Plan:
+    """Return the wanted times, before a frame is decoded."""
     end = min(clip.end, config.end or math.inf)
     check_start(config, end, clip.name)
+    times, rate = _counted(clip, config, end) if config.num_frames else _at_rate(clip, config, end)
+    return Plan(times, rate, config.start, end)
+
+
+def _counted(clip: Clip, config: VideoConfig, end: float) -> tuple[Floats, float]:
+    """Return num_frames times and their rate; the frames' own times if there are not more."""
+    count, span = config.num_frames or 1, end - config.start
+    if count > min(_FEW_FRAMES, span * clip.rate):  # headers may state a rate that is not so: count the frames
+        pts = clip.shown_within(config.start, end)
+        if len(pts) <= count:
+            check_size(clip.name, len(pts), *clip.size)
+            return pts, len(pts) / span
+    check_size(clip.name, count, *clip.size)
+    return config.start + np.arange(count) * (span / count), count / span
+
+
+def _at_rate(clip: Clip, config: VideoConfig, end: float) -> tuple[Floats, float]:
+    """Return the times at config.fps, at a lower rate where that is above the file's own or gives too many."""
     span, slack = end - config.start, 2e-3 if end == clip.end else 1e-6
-    if (count := config.num_frames) is not None:
-        if count * clip.size[0] * clip.size[1] * 3 > frames.MAX_FRAME_BYTES:
-            count = min(count, len(clip.shown_within(config.start, end)))
-        check_size(clip.name, count, *clip.size)
-        return config.start + np.arange(count) * (span / count), count / span
     rate = config.fps or DEFAULT_FPS
-    if config.min_frames is not None:
-        rate = max(rate, config.min_frames / span)
     if (span - slack) * rate > config.max_frames:
         rate = config.max_frames / span
     if rate > clip.rate * (1 + 1e-6):  # the header says that the file has fewer: count them
