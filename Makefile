@@ -40,7 +40,7 @@ lint: .venv/test
 test: lint
 	$(BIN)/pytest -n 2
 	PYTHONPATH=.venv/lmms $(BIN)/pytest tests/test_lmms.py
-	PYTHONPATH=.venv/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py
+	PYTHONPATH=.venv/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py
 
 # the report of the bundled pair on its 40 held-out clips: build/report/report.html. One thread: a second one gains little
 # on models so small, and where another process takes its core, both wait.

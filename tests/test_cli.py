@@ -11,20 +11,21 @@ import media
 import numpy as np
 import pytest
 import tiny
-import torch
 from PIL import Image
 
-from specvlm import EngineConfig, SpecVLM, VideoConfig, cli, draft, prune
+from specvlm import EngineConfig, SpecVLM, cli, draft, prune
 from specvlm import inspect as inspection
 from specvlm.engine import bundled
-from specvlm.media import load
+from specvlm.sources import DEFAULT_PROMPT
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PAIR = ("--target", TARGET, "--draft", tiny.checkpoint("qwen2_5_vl", "near"))
 SHORT = ("--max-new-tokens", "12")
 SETTINGS = {  # another value than the default for every setting, as it is written and as it arrives
     "num_frames": ("5", 5), "fps": ("1.5", 1.5), "start": ("1", 1.0), "end": ("9", 9.0), "max_frames": ("7", 7),
-    "max_pixels": ("9000", 9000), "total_pixels": ("90000", 90000), "max_download_bytes": ("99", 99),
+    "max_pixels": ("9000", 9000), "min_frames": ("3", 3), "min_pixels": ("900", 900), "fit": ("error", "error"),
+    "resized_height": ("56", 56), "resized_width": ("56", 56), 
+    "total_pixels": ("90000", 90000), "max_download_bytes": ("99", 99),
     "timeout": ("3", 3.0), "keep_ratio": ("0.2", 0.2), "keep_tokens": ("8", 8), "pruner": ("window", "window"),
     "mass": ("0.5", 0.5), "spacing": ("sequence", "sequence"), "window": ("back", "back"), "per_visual": (None, True),
     "focus": ("0.25", 0.25),
@@ -36,11 +37,11 @@ SETTINGS = {  # another value than the default for every setting, as it is writt
     "stop": ("END", ("END",)), "ignore_eos": (None, True), "eager": (None, True),
 }  # fmt: skip
 KEYS = {
-    "": {"text", "token_ids", "finish_reason", "usage", "speculation", "seconds", "peak_memory_bytes", "config",
-         "versions"},
+    "": {"prompt", "media", "text", "token_ids", "finish_reason", "usage", "speculation", "seconds",
+         "peak_memory_bytes", "config", "versions"},
     "usage": {"prompt_tokens", "visual_tokens", "kept_visual_tokens", "completion_tokens"},
     "speculation": {"rounds", "target_passes", "drafted_tokens", "accepted_tokens", "mean_accepted_length",
-                    "acceptance_length", "accepted_per_depth", "decisions"},
+                    "acceptance_length", "accepted_per_depth"},
     "seconds": {"read", "encode", "prefill", "prune", "draft_prefill", "calibrate", "capture", "decode",
                 "time_to_first_token", "total"},
     "config": {"models", "video", "prune", "draft", "sampling", "run"},
@@ -195,7 +196,9 @@ def test_every_setting_is_an_option(name):
     option = f"--{name.replace('_', '-')}"
     argv = ["describe", "x.mp4", option, *([] if written is None else [written])]
     assert wanted != next(setting.default for setting in config_fields() if setting.name == name)
-    assert cli._parse(argv).settings == {name: wanted}
+    other = {"resized_height": "resized_width", "resized_width": "resized_height"}.get(name)  # they go together
+    more = [] if other is None else [f"--{other.replace('_', '-')}", "84"]
+    assert cli._parse([*argv, *more]).settings == {name: wanted} | ({other: 84} if other else {})
 
 
 def test_stop_may_be_repeated():
@@ -308,6 +311,8 @@ def test_inspect_lights_the_kept_cells(run, clip, tmp_path, options):
     request = pair.request(clip)
     pair.generate_request(request)
     assert content["keep"] == request.keep.tolist()
+    assert (content["video"], content["prompt"]) == ("clip.mp4", DEFAULT_PROMPT)
+    assert content["seconds"] == [number / 2 for number in range(8)]
     steps, rows, columns = content["grid"].values()
     assert content["visual_tokens"] == steps * rows * columns == request.usage.visual_tokens
     assert _lit_cells(path, steps, rows, columns) == set(content["keep"])
@@ -317,45 +322,18 @@ def test_inspect_lights_the_kept_cells(run, clip, tmp_path, options):
 def _lit_cells(path, steps, rows, columns):
     """Return the cells of the frames whose middle is coloured: the others are grey."""
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    cell = round(inspection.TILE / max(rows, columns))
-    width, height = columns * cell, rows * cell
-    wide, high = width + inspection.GAP, inspection.LINE + 2 * height + 4 + inspection.GAP
-    across = inspection._columns(steps, wide, high)
+    layout = inspection.lay_out(steps, rows, columns)
+    left = (picture.shape[1] - layout.width) // 2
+    top = picture.shape[0] - layout.height - inspection.MARGIN + inspection.LINE
+    cell = layout.cell
     lit = set()
     for index in range(steps * rows * columns):
         step, row, column = np.unravel_index(index, (steps, rows, columns))
-        x = inspection.MARGIN + step % across * wide + column * cell + cell // 2
-        y = inspection.MARGIN + 4 * inspection.LINE + step // across * high + row * cell + cell // 2
-        red, _, blue = picture[y, x]
+        x, y = layout.corner(step)
+        red, _, blue = picture[top + y + row * cell + cell // 2, left + x + column * cell + cell // 2]
         if red - blue > 100:
             lit.add(int(index))
     return lit
-
-
-def test_inspect_draws_heat_by_score():
-    grid = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2))
-    frames = load(np.full((1, 56, 56, 3), 90, np.uint8), VideoConfig())
-    scores = torch.tensor([0.0, 0.1, 0.2, 0.7])
-    found = inspection.Inspection(EngineConfig(), frames, grid, scores, torch.tensor([1, 3]))
-    assert found.mass == pytest.approx(0.8)
-    assert found.summary() == "verifier keeps 2 of 4 visual tokens (50.0%) with 80% of the attention"
-    sheet = np.asarray(inspection.draw(found)).astype(int)
-    cell, top = inspection.TILE, inspection.MARGIN + 4 * inspection.LINE + 2 * inspection.TILE + 4
-    middles = [
-        sheet[top + row * cell + cell // 2, inspection.MARGIN + column * cell + cell // 2].sum()
-        for row in range(2)
-        for column in range(2)
-    ]
-    assert middles == sorted(set(middles))
-
-
-def test_inspect_draws_at_most_16_time_steps():
-    grid = torch.cartesian_prod(torch.arange(40), torch.arange(4), torch.arange(6))
-    frames = load(np.full((80, 56, 84, 3), 90, np.uint8), VideoConfig(fps=2))
-    scores = torch.full((len(grid),), 1 / len(grid))
-    sheet = inspection.draw(inspection.Inspection(EngineConfig(), frames, grid, scores, torch.arange(9)))
-    assert sheet.width < 2000
-    assert sheet.height < 2000
 
 
 def test_inspect_says_in_one_line_what_it_did(run, clip, tmp_path):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 from specvlm.families import family_for
 from specvlm.families.base import Inputs, Prompt
-from specvlm.families.pixels import Budget, fit
+from specvlm.families.pixels import Budget, Limits, fit
 from specvlm.media import Frames
 
 ORACLE = Path(sys.prefix) / "oracle"
@@ -197,7 +197,7 @@ def test_raises_no_pixel_bound() -> None:
     """The model's own bounds are lowered to the caller's, never raised."""
     _, family = tiny.load("qwen2_5_vl")
     free = family.inputs(tiny.messages("video"), [tiny.video(4, 300, 300)])
-    same = family.inputs(tiny.messages("video"), [tiny.video(4, 300, 300)], max_pixels=10**9, total_pixels=10**9)
+    same = family.inputs(tiny.messages("video"), [tiny.video(4, 300, 300)], limits=[Limits(10**9, 10**9)])
     assert torch.equal(free.model_kwargs["pixel_values_videos"], same.model_kwargs["pixel_values_videos"])
 
 
@@ -208,7 +208,9 @@ def test_limits_bound_the_frames(name: str, limits: dict[str, int], most: int, n
     _, family = tiny.load(name)
     bound = most * 32 * 32 * (4 / num_frames if "total_pixels" in limits else 1)
     for height, width in ((300, 300), (64, 500), (100, 80)):
-        (visual,) = family.inputs(tiny.messages("video"), [tiny.video(num_frames, height, width)], **limits).visuals
+        (visual,) = family.inputs(
+            tiny.messages("video"), [tiny.video(num_frames, height, width)], limits=[Limits(**limits)]
+        ).visuals
         side = 32 if name == "qwen3_vl" else 28
         assert visual.grid[0] == 2
         assert visual.grid[1] * visual.grid[2] * side**2 <= bound
@@ -227,16 +229,16 @@ def test_a_limit_on_the_frame_always_holds() -> None:
 def test_limits_too_small_are_refused() -> None:
     _, family = tiny.load("qwen2_5_vl")
     with pytest.raises(ConfigError, match=r"total_pixels=3000 .* at least 3136 \(4 x 784\), or fewer frames"):
-        family.inputs(tiny.messages("video"), [tiny.video(4)], total_pixels=3000)
+        family.inputs(tiny.messages("video"), [tiny.video(4)], limits=[Limits(total_pixels=3000)])
     _, family = tiny.load("llava_onevision")
     with pytest.raises(ConfigError, match=r"max_pixels=1000 .* at least 1225 \(1 x 1225\)"):
-        family.inputs(tiny.messages("video"), [tiny.video(4)], max_pixels=1000)
+        family.inputs(tiny.messages("video"), [tiny.video(4)], limits=[Limits(1000)])
 
 
 def test_max_pixels_shrinks_llava_images_first() -> None:
     _, family = tiny.load("llava_onevision")
     free = family.inputs(tiny.messages("image"), [tiny.image(140, 140)])
-    bound = family.inputs(tiny.messages("image"), [tiny.image(140, 140)], max_pixels=70 * 70)
+    bound = family.inputs(tiny.messages("image"), [tiny.image(140, 140)], limits=[Limits(70 * 70)])
     assert bound.model_kwargs["image_sizes"].tolist() == [[70, 70]]
     assert len(bound.input_ids) < len(free.input_ids)
 

@@ -145,6 +145,15 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What was read of a video or image."""
+
+    kind: str  # "video" or "image"
+    source: str  # what it is called: a path, a URL without its query, "<8 frames>"
+    frame_times: tuple[float, ...]  # seconds, of every frame that the model was shown
+
+
+@dataclass(frozen=True)
 class Generation:
     """A whole answer and its account."""
 
@@ -157,13 +166,17 @@ class Generation:
     peak_memory_bytes: int
     config: EngineConfig
     models: dict[str, str | None]  # target, draft, device, draft_device, draft_quant, dtype
+    prompt: str = ""  # what the user said last
+    seen: tuple[Seen, ...] = ()  # every video and image of the prompt
     decisions: tuple[Decision, ...] = ()  # one a target pass after the prefill
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types, with the versions of what ran."""
+    def to_dict(self, *, has_decisions: bool = False) -> dict[str, Any]:
+        """Return everything as plain JSON types, with the versions of what ran; decisions where they are wanted."""
         speculation = dataclasses.asdict(self.speculation)
         per_depth = speculation.pop("accepted_per_depth")
         return {
+            "prompt": self.prompt,
+            "media": [dataclasses.asdict(seen) | {"frame_times": list(seen.frame_times)} for seen in self.seen],
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
@@ -173,7 +186,7 @@ class Generation:
                 "mean_accepted_length": self.speculation.mean_accepted_length,
                 "acceptance_length": self.speculation.acceptance_length,
                 "accepted_per_depth": per_depth,
-                "decisions": [decision.to_dict() for decision in self.decisions],
+                **({"decisions": [decision.to_dict() for decision in self.decisions]} if has_decisions else {}),
             },
             "seconds": self.seconds.to_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,

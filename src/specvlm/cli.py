@@ -21,7 +21,7 @@ from specvlm.bench import commands as bench_commands
 from specvlm.config import EngineConfig
 from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
 from specvlm.options import PARTS, Parser, add_data, add_model, add_settings, given, load, read_data
-from specvlm.status import Status, quiet_libraries
+from specvlm.status import Status, no_litter, quiet_libraries
 
 if TYPE_CHECKING:
     from specvlm.account import Generation
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         status = Status(is_quiet=args.quiet)
-        with quiet_libraries(status), memory_errors(), status:
+        with no_litter(), quiet_libraries(status), memory_errors(), status:
             status.show("loading the libraries...")
             code: int = args.run(args, status)
             sys.stdout.flush()

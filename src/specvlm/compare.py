@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
-from specvlm import media
 from specvlm.account import Generation
 from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
@@ -124,7 +123,7 @@ def compare(
 
     Args:
         model: a pair.
-        source: what `media.load` reads.
+        source: what `SpecVLM.request` takes.
         prompt: the question; None asks for a description.
         watch: makes, from the name of a run, an observer of its stages.
 
@@ -134,10 +133,10 @@ def compare(
     check_draft(model)
     drafter = model.config.draft.drafter
     watch("")("read")
-    frames = media.load(source, model.config.video)
+    question = model.load(source, prompt)
 
     def run(name: str, **settings: Any) -> Generation:
-        request = model.request(frames, prompt, **settings)
+        request = model.request(question, **settings)
         request.seconds.on_stage = watch(f"{name}: ")
         return model.generate_request(request)
 

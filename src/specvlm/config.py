@@ -44,6 +44,7 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 DEFAULT_FPS = 2.0  # what Qwen's processors sample at
+PENALTIES = (1e-3, 1e3)  # least and largest repetition penalty: logits stay finite
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,21 @@ class VideoConfig:
     fps: float | None = _setting(None, "frames read per second of video [default: 2, unless num_frames is given]")
     start: float = _setting(0.0, "start of the part to read, in seconds")
     end: float | None = _setting(None, "end of the part to read, in seconds [default: the end of the file]")
+    min_frames: int | None = _setting(None, "read at least this many frames of a video that has them, at a given fps")
     max_frames: int = _setting(768, "upper bound on the frames read at a given fps")
     max_pixels: int | None = _setting(None, "upper bound on the pixels of one resized frame [default: the model's own]")
     total_pixels: int | None = _setting(None, "upper bound on the pixels of all resized frames of one video")
+    min_pixels: int | None = _setting(None, "lower bound on the pixels of one resized frame [default: the model's own]")
+    resized_height: int | None = _setting(
+        None, "exact height of a resized frame, rounded to the model's cells (with --resized-width; Qwen's families)"
+    )
+    resized_width: int | None = _setting(None, "exact width of a resized frame (with --resized-height)")
+    fit: str = _setting(
+        "thin",
+        "what becomes of videos that exceed the model's context: thin (fewer, then smaller frames, with a warning) or "
+        "error",
+        choices=("thin", "error"),
+    )
     max_download_bytes: int = _setting(2 << 30, "largest file fetched from a URL, in bytes")
     timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
 
@@ -71,11 +84,30 @@ class VideoConfig:
         if self.end is not None:
             _require(self.end > self.start, "end", self.end, f"later than start ({self.start:g} s)")
         _require(self.max_frames >= 1, "max_frames", self.max_frames, "at least 1")
+        if self.min_frames is not None:
+            allowed = f"from 1 to max_frames ({self.max_frames})"
+            _require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, allowed)
+            _require(self.num_frames is None, "min_frames", self.min_frames, "it bounds --fps; leave num_frames out")
+        self._check_pixels()
+        _require(self.fit in ("thin", "error"), "fit", self.fit, "thin or error")
+        _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
+        _require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
+
+    def _check_pixels(self) -> None:
         for name in ("max_pixels", "total_pixels"):
             value = getattr(self, name)
             _require(value is None or value >= 784, name, value, "at least 784 (one 28 x 28 cell)")
-        _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
-        _require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
+        if self.min_pixels is not None:
+            most = self.max_pixels or self.total_pixels or self.min_pixels
+            allowed = f"from 1 to {'max_pixels' if self.max_pixels else 'total_pixels'} ({most})"
+            _require(1 <= self.min_pixels <= most, "min_pixels", self.min_pixels, allowed)
+        exact = {"resized_height": self.resized_height, "resized_width": self.resized_width}
+        for name, value in exact.items():
+            if value is not None:
+                _require(value >= 1, name, value, "at least 1 pixel")
+                _require(None not in exact.values(), name, value, "give both resized_height and resized_width")
+                bound = next((n for n in ("min_pixels", "max_pixels", "total_pixels") if getattr(self, n)), "")
+                _require(not bound, name, value, f"it is an exact size; leave {bound} out")
 
 
 @dataclass(frozen=True)

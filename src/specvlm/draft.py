@@ -227,7 +227,8 @@ class ModelDrafter(Drafter):
         model, self._context = self._model, context
         self._sampling, self._chooser = context.sampling, verify.Chooser(context.sampling)
         self._shared = min(model.vocab_size, context.target.vocab_size)
-        self._law = (self._shared, *self._sampling.law)  # what is baked into a round's graphs, beside its shape
+        bias = context.target.rules.bias
+        self._law = (self._shared, bias is None, *self._sampling.law)  # baked into a round's graphs, beside its shape
         self._session, pruned = self._start(context)
         self._session.rollback(len(pruned) - 1)
         self._pending = pruned.input_ids[-1:].tolist()  # known tokens that the cache does not hold yet
@@ -235,6 +236,10 @@ class ModelDrafter(Drafter):
         own = self._session.workspace.own
         seen = verify.seen_in(context.prompt.input_ids.to(model.device), model.vocab_size)
         self._seen: Tensor = own("seen", lambda: torch.empty_like(seen)).copy_(seen)
+        self._bias: Tensor | None = None  # on the logits, [shared]
+        if bias is not None:
+            shared = bias[: self._shared].to(model.device)
+            self._bias = own(("bias", self._shared), lambda: torch.empty_like(shared)).copy_(shared)
         self._clock: Tensor = own("clock", lambda: torch.zeros(2, dtype=torch.int64, device=model.device))
         bins = (tree.NUM_RANKS, policy.NUM_BINS)
         self._worth: Tensor = own("worth", lambda: torch.zeros(bins, device=model.device))
@@ -330,6 +335,8 @@ class ModelDrafter(Drafter):
         if level == 0:
             logits, rows = logits[-1:], Rows(rows.sees[-1:], rows.depths[-1:])
         logits = logits[:, : self._shared].float()
+        if self._bias is not None:
+            logits = logits + self._bias
         if self._sampling.penalty != 1:
             before = growth.row_tokens[: rows.sees.shape[1]]
             seen = verify.seen_before(self._seen[: self._shared], before, rows.sees)

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm import costs, media, prune, tree, verify
+from specvlm import costs, media, prune, sources, tree, verify
 from specvlm import draft as drafting
-from specvlm.account import Decision, Generation, Seconds, Speculation, Usage, measure_peak, reset_peak
+from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
 from specvlm.draft import Context, Drafter
 from specvlm.errors import CapacityError, ConfigError
-from specvlm.families import Inputs, Message, Prompt, parts, source_of
+from specvlm.families import Inputs, Limits, Medium, Message, Prompt, last_words, parse, texts
+from specvlm.fit import Prompted, fitted
 from specvlm.model import VideoLM, check_pair, check_quant, resolve_device
 from specvlm.policy import Acceptance, Auto, Costs, Fixed, Policy
 from specvlm.session import Session
@@ -32,7 +33,6 @@ from specvlm.text import Chunk, TextStream
 from specvlm.tree import PLAIN
 from specvlm.upload import upload
 
-DEFAULT_PROMPT = "Describe the video in detail."
 _MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
 
 
@@ -57,11 +57,13 @@ class Request:
 
     config: EngineConfig
     messages: Sequence[Message]
-    media: Sequence[tuple[str, Any]]  # kind and source of every video and image, in order of appearance
+    media: Sequence[Medium]  # every video and image, in order of appearance
     usage: Usage = field(default_factory=Usage)
     speculation: Speculation = field(default_factory=Speculation)
     seconds: Seconds = field(default_factory=Seconds)
     keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw
+    seen: tuple[Seen, ...] = ()  # what was read of every video and image
+    loaded: Prompted | None = None  # its media, where they are read already
     decisions: list[Decision] = field(default_factory=list)  # one a target pass after the prefill
 
 
@@ -96,6 +98,7 @@ class SpecVLM:
         self._acceptance: dict[Hashable, Acceptance] = {}
         if draft is not None:
             check_pair(target, draft)
+        target.rules.check()
 
     @classmethod
     def from_pretrained(
@@ -163,7 +166,8 @@ class SpecVLM:
         """Prepare a request: messages in the usual chat form, or a video source and a question.
 
         Args:
-            source: a list of messages; or anything that `media.load` reads; or None for a question without a video.
+            source: a list of messages; or anything that `media.load` reads; or a list of videos, which stand in one
+                prompt; or None for a question without a video; or a request, to ask the same with other settings.
             prompt: the question; None asks for a description. Not beside messages.
             **settings: any field of the configs, as in `EngineConfig.replace`.
 
@@ -172,24 +176,24 @@ class SpecVLM:
         """
         config = self._in_force(_checked(self.config.replace(**settings)))
         prune.scoring_layers(config.prune, self.target.num_layers)  # refuses a layer that is not there
-        messages = source
-        if not (isinstance(source, list | tuple) and source and isinstance(source[0], dict)):
-            content = [{"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}]
-            video_part = [] if source is None else [{"type": "video", "video": source}]
-            messages = [{"role": "user", "content": video_part + content}]
-        elif prompt is not None:
-            raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
-        every = [part for message in messages for part in parts(message)]
-        if _looks_up(config) and not any(part["text"].strip() for part in every if part["type"] == "text"):
+        if isinstance(source, Request):
+            return Request(config, source.messages, source.media, seen=source.seen, loaded=source.loaded)
+        messages, found = parse(sources.messages_of(source, prompt))
+        self.target.family.check_text(messages)
+        for medium in found:
+            medium.config(config.video)  # refuses what is not allowed before anything is read
+            if medium.source is None:
+                raise ConfigError(f"{medium.place} names no {medium.kind}: add {medium.kind!r}, 'path' or 'url'")
+        if _looks_up(config) and not any(words.strip() for message in messages for words in texts(message)):
             text = "an empty prompt has no words to look up, so that only the answer's own are: ask a question"
             warnings.warn(f"{text}, or draft with a model", drafting.DraftWarning, stacklevel=3)
-        return Request(config, messages, [(part["type"], source_of(part)) for part in every if part["type"] != "text"])
+        return Request(config, messages, found)
 
     def _in_force(self, config: EngineConfig) -> EngineConfig:
         """Return the config with every default that depends on the checkpoint or on chance filled in."""
         filled: dict[str, Any] = {}
         if config.sampling.repetition_penalty is None:
-            filled["repetition_penalty"] = self.target.repetition_penalty
+            filled["repetition_penalty"] = self.target.rules.repetition_penalty
         if config.sampling.temperature > 0 and config.sampling.seed is None:
             filled["seed"] = secrets.randbits(32)
         if config.video.fps is None and config.video.num_frames is None:
@@ -245,7 +249,9 @@ class SpecVLM:
         if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
             problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
             raise CapacityError(f"{problem}: prefill again with that setting")
-        verifier = verify.Verifier(sampling, verify.seen_in(start.prompt.input_ids, self.target.vocab_size))
+        ids = start.prompt.input_ids
+        processors = self.target.rules.processors(ids, sampling)
+        verifier = verify.Verifier(sampling, verify.seen_in(ids, self.target.vocab_size), processors)
         ending = _Ending(sampling, self.target.eos_ids)
         drafter = drafting.create(config.draft, self.draft, self.target)
 
@@ -387,6 +393,8 @@ class SpecVLM:
             peak_memory_bytes=measure_peak(*self.devices),
             config=request.config,
             models=self.models,
+            prompt=last_words(request.messages),
+            seen=request.seen,
             decisions=tuple(request.decisions),
         )
 
@@ -415,22 +423,37 @@ class SpecVLM:
             MediaError: a file cannot be used.
             CapacityError: prompt and new tokens exceed the target's context.
         """
+        target, prompted = self.target, self._prompted(request)
+        return target.family.inputs(prompted.messages, prompted.media, limits=prompted.limits, device=target.device)
+
+    def load(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
+        """Prepare a request and read its media, once for all requests that are made from it. Arguments: see `request`.
+
+        Raises:
+            MediaError: a file cannot be used.
+            CapacityError: prompt and new tokens exceed the target's context.
+        """
+        request = self.request(source, prompt, **settings)
+        request.loaded = self._prompted(request)
+        return request
+
+    def _prompted(self, request: Request) -> Prompted:
+        """Return a request's messages and media; videos that exceed the target's context are thinned, or refused."""
+        if request.loaded is not None:
+            return request.loaded
         config, target = request.config, self.target
-        found = [media.load(source, config.video, kind=kind) for kind, source in request.media]
-        inputs = target.family.inputs(
-            request.messages,
-            found,
-            max_pixels=config.video.max_pixels,
-            total_pixels=config.video.total_pixels,
-            device=target.device,
+        configs = [medium.config(config.video) for medium in request.media]
+        found = [
+            media.load(medium.source, own, kind=medium.kind) for medium, own in zip(request.media, configs, strict=True)
+        ]
+        prompted = Prompted(request.messages, found, [Limits.of(own) for own in configs])
+        num_new = config.sampling.max_new_tokens
+        prompted = fitted(target.family, prompted, num_new, target.context_len, config.video)
+        request.seen = tuple(
+            Seen(medium.kind, sources.name_of(medium.source), tuple(frames.seconds.tolist()))
+            for medium, frames in zip(request.media, prompted.media, strict=True)
         )
-        num_prompt, num_new = inputs.input_ids.shape[0], config.sampling.max_new_tokens
-        if num_prompt + num_new > target.context_len:
-            raise CapacityError(
-                f"{num_prompt} prompt tokens and {num_new} new ones exceed the context of {target.context_len} tokens: "
-                "read fewer frames (num_frames, fps), smaller ones (max_pixels), or ask for fewer new tokens"
-            )
-        return inputs
+        return prompted
 
 
 class _Ending:

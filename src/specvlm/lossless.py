@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from specvlm import media, reference
+from specvlm import reference
 from specvlm.compare import Difference, check_draft, first_difference
 from specvlm.config import SamplingConfig
-from specvlm.engine import SpecVLM
+from specvlm.engine import Request, SpecVLM
 from specvlm.errors import ConfigError
 from specvlm.ties import Tie, logit_gap, ties
 
@@ -93,7 +93,7 @@ def verify(
 
     Args:
         model: a pair.
-        source: what `media.load` reads.
+        source: what `SpecVLM.request` takes.
         prompt: the question; None asks for a description.
         name: of the proof.
         watch: makes, from the name of a run, an observer of its stages.
@@ -105,20 +105,20 @@ def verify(
     check_draft(model)
     _check(model, settings)
     watch("")("read")
-    frames = media.load(source, model.config.replace(**settings).video)
+    question = model.load(source, prompt, **settings)
     if model.target.dtype != torch.float32:
         ways = {"plain": {"drafter": "none"}, **WAYS}
-        found = ties(model, frames, prompt, ways=ways, has_generate=True, watch=watch, **settings).found
+        found = ties(model, question, ways=ways, has_generate=True, watch=watch, **settings).found
         return Proof(name, found[0].num_tokens, found)
 
     def answer(run: str, **more: Any) -> tuple[int, ...]:
-        request = model.request(frames, prompt, **{**settings, **more})
+        request = model.request(question, **{**settings, **more})
         request.seconds.on_stage = watch(f"{run}: ")
         return model.generate_request(request).token_ids
 
     greedy = {"temperature": 0.0}
     plain, sampled = answer("plain", drafter="none", **greedy), answer("sampled", drafter="none", **_SAMPLED)
-    others = {f"plain and {GENERATE}": (plain, _generated(model, frames, prompt, settings))}
+    others = {f"plain and {GENERATE}": (plain, _generated(model, question, settings))}
     others |= {f"plain and {run}": (plain, answer(run, **greedy, **way)) for run, way in WAYS.items()}
     others["sampled, plain and paper's tree"] = (sampled, answer("sampled", **_SAMPLED, **WAYS["paper's tree"]))
     checks = []
@@ -126,7 +126,7 @@ def verify(
         difference = first_difference(one, other, model)
         gap = None
         if one is plain and difference is not None:
-            request = model.request(frames, prompt, **{**settings, **greedy, "drafter": "none"})
+            request = model.request(question, **{**settings, **greedy, "drafter": "none"})
             gap = logit_gap(model, request, difference)
         checks.append(Check(run, difference is None, difference, gap))
     return Proof(name, len(plain), checks)
@@ -141,8 +141,8 @@ def _check(model: SpecVLM, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{problem}, and sampled ones with a seed of their own; leave it out")
 
 
-def _generated(model: SpecVLM, frames: Any, prompt: str | None, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    request = model.request(frames, prompt, **settings)
+def _generated(model: SpecVLM, question: Request, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    request = model.request(question, **settings)
     sampling = request.config.sampling
     penalty, num_new = sampling.repetition_penalty, sampling.max_new_tokens
     inputs = model.read(request)

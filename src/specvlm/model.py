@@ -22,6 +22,7 @@ from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
 from specvlm.families import Family, Inputs, Prompt, family_for
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
+from specvlm.rules import Rules
 from specvlm.session import FusedSession, HFSession, Session
 
 
@@ -54,8 +55,8 @@ class VideoLM:
         self.dtype: torch.dtype = hf.lm_head.weight.dtype
         self.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
-        self.eos_ids = _eos_ids(hf, self.tokenizer)
-        self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)  # what generate() would apply
+        self.eos_ids = _eos_ids(hf, self.tokenizer, name)
+        self.rules = Rules(hf, name, self.eos_ids, self.vocab_size)  # of its generation_config.json
 
     @classmethod
     def from_pretrained(
@@ -353,15 +354,23 @@ def _model_type(name: str) -> str:
     return str(config["model_type"])
 
 
-def _eos_ids(hf: Any, tokenizer: Any) -> frozenset[int]:
-    """Return every id that ends a text: the generation config's, else the config's, else the tokenizer's."""
+def _eos_ids(hf: Any, tokenizer: Any, name: str) -> frozenset[int]:
+    """Return every id that ends a text: the generation config's, else the config's, else the tokenizer's.
+
+    Raises:
+        UnsupportedModel: they are no ids.
+    """
     generation: GenerationConfig = hf.generation_config
     eos = generation.eos_token_id
     if eos is None:
         eos = hf.config.get_text_config().eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or [])
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in ids):
+        problem = f"eos_token_id={eos!r} is no token id, nor a list of them"
+        raise UnsupportedModel(f"{name}: {problem}; mend its generation_config.json or config.json")
+    return frozenset(ids)
 
 
 def _first_line(error: BaseException) -> str:

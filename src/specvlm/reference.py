@@ -50,6 +50,8 @@ def generate(
 ) -> Reference:
     """Answer greedily with transformers' generate(), prefill included, with its own attention.
 
+    What a checkpoint's generation_config.json asks for and is not obeyed here (`Rules`) is taken out of it.
+
     Args:
         target: the model.
         inputs: of the prompt.
@@ -60,6 +62,7 @@ def generate(
         **options: further options of generate().
     """
     device, ids, clock = target.device, inputs.input_ids.to(target.device), _Clock()
+    options = {**target.rules.overrides, **options}
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
     with ExitStack() as contexts:

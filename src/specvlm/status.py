@@ -1,4 +1,4 @@
-"""What is going on, on stderr."""
+"""What is going on, on stderr; and what libraries must neither say nor leave behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STAGES = {
     "read": "reading the video",
@@ -86,3 +86,15 @@ def quiet_libraries(status: Status) -> Iterator[None]:
         warnings.simplefilter("always")
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def no_litter() -> Iterator[None]:
+    """Take away the empty folder that torch's compiler makes in the temporary folder as soon as it is imported."""
+    is_named = "TORCHINDUCTOR_CACHE_DIR" in os.environ  # torch sets it when it makes its own
+    try:
+        yield
+    finally:
+        if not is_named and (folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+            with suppress(OSError):  # it holds something
+                os.rmdir(folder)

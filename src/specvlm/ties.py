@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm import media, reference
+from specvlm import reference
 from specvlm.compare import Difference, check_draft, first_difference
 from specvlm.engine import Request, Round, SpecVLM
 
@@ -107,7 +107,7 @@ def ties(
 
     Args:
         model: a pair.
-        source: what `media.load` reads.
+        source: what `SpecVLM.request` takes.
         prompt: the question; None asks for a description.
         ways: settings of the other ways, by name.
         has_generate: whether transformers' own generate() is one of them.
@@ -119,11 +119,11 @@ def ties(
     """
     check_draft(model)
     watch("")("read")
-    frames = media.load(source, model.config.replace(**settings).video)
+    question = model.load(source, prompt, **settings)
 
     def request(name: str, **more: Any) -> Request:
         law = {"temperature": 0.0, "repetition_penalty": 1.0}
-        made = model.request(frames, prompt, **{**settings, **law, "eager": False, **more})
+        made = model.request(question, **{**settings, **law, "eager": False, **more})
         made.seconds.on_stage = watch(f"{name}: ")
         return made
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from specvlm.config import SamplingConfig
 from specvlm.tree import Rows
 from specvlm.upload import upload
+
+if TYPE_CHECKING:
+    from specvlm.rules import Processors
 
 
 def _no_numbers() -> Tensor:
@@ -94,8 +98,12 @@ class Chooser:
         """
         if self.is_greedy:
             return logits
-        noise = gumbel(self._sampling.seed or 0 if seed is None else seed, places, logits.shape[-1])
-        return logits_to_probs(logits, self._sampling).double().log() + noise
+        return self.drawn(logits_to_probs(logits, self._sampling), places, seed)
+
+    def drawn(self, probs: Tensor, places: Tensor, seed: int | Tensor | None = None) -> Tensor:
+        """Return [N, vocab], whose argmax is drawn from probabilities [N, vocab]; arguments as in `scores`."""
+        noise = gumbel(self._sampling.seed or 0 if seed is None else seed, places, probs.shape[-1])
+        return probs.double().log() + noise
 
 
 class Verifier:
@@ -104,29 +112,42 @@ class Verifier:
     Args:
         sampling: how tokens are chosen.
         seen: [vocab] bool, tokens of the prompt (`seen_in`); read for the repetition penalty alone.
+        processors: what else stands between logits and choice, the sampling's own filters and penalty included.
     """
 
-    def __init__(self, sampling: SamplingConfig, seen: Tensor) -> None:
+    def __init__(self, sampling: SamplingConfig, seen: Tensor, processors: Processors | None = None) -> None:
         self._penalty = sampling.penalty
         self._seen = seen
+        self._processors = processors
         self._chooser = Chooser(sampling)
         self._count = 0  # tokens of the text
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         """Return what of the draft stands, given the target's logits [N + 1, vocab]."""
-        if self._penalty != 1:
-            seen = seen_before(self._seen, draft.tokens, draft.rows.sees[:, 1:])
-            logits = penalise(logits, seen, self._penalty)
-        scores = self._chooser.scores(logits, draft.rows.depths + (self._count - 1))
+        scores = self._scores(logits, draft)
         count = len(draft)
         numbers = torch.cat([scores.argmax(-1), draft.tokens, draft.parents, draft.notes]).tolist()  # the one wait
         choice, tokens = numbers[: count + 1], numbers[count + 1 : 2 * count + 1]
         parents, notes = numbers[2 * count + 1 : 3 * count + 1], numbers[3 * count + 1 :]
         accepted = accept(choice, tokens, parents, notes)
         self._count += len(accepted.token_ids)
-        if self._penalty != 1:
+        if self._processors is not None:
+            self._processors.extend(accepted.token_ids)
+        elif self._penalty != 1:
             self._seen.index_fill_(0, upload(accepted.token_ids, logits.device), True)
         return accepted
+
+    def _scores(self, logits: Tensor, draft: Draft) -> Tensor:
+        """Return [N + 1, vocab]: the choice of each row is its argmax."""
+        places = draft.rows.depths + (self._count - 1)
+        if self._processors is not None:
+            tokens, parents = torch.stack([draft.tokens, draft.parents]).tolist()
+            logits = self._processors(logits, tokens, parents)
+            return logits if self._chooser.is_greedy else self._chooser.drawn(logits.softmax(-1), places)
+        if self._penalty != 1:
+            seen = seen_before(self._seen, draft.tokens, draft.rows.sees[:, 1:])
+            logits = penalise(logits, seen, self._penalty)
+        return self._chooser.scores(logits, places)
 
 
 def seen_in(token_ids: Tensor, vocab_size: int) -> Tensor:

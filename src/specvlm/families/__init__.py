@@ -1,18 +1,25 @@
 """The only per-model code: one file a family, registered under the model_type of its Hugging Face config."""
 
 from specvlm.families import llava_onevision, qwen_vl
-from specvlm.families.base import Family, Inputs, Message, Prompt, Visual, family_for, parts, register, source_of
+from specvlm.families.base import Family, Inputs, Prompt, Size, Visual, family_for, register
+from specvlm.families.messages import Medium, Message, clean, last_words, parse, texts
+from specvlm.families.pixels import Limits
 
 __all__ = [
     "Family",
     "Inputs",
+    "Limits",
+    "Medium",
     "Message",
     "Prompt",
+    "Size",
     "Visual",
+    "clean",
     "family_for",
+    "last_words",
     "llava_onevision",
-    "parts",
+    "parse",
     "qwen_vl",
     "register",
-    "source_of",
+    "texts",
 ]

@@ -9,45 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.errors import UnsupportedModel
+from specvlm.families.messages import Message
+from specvlm.families.pixels import Limits
 from specvlm.media import Frames
-
-Message = dict[str, Any]  # {"role": str, "content": str | list of {"type": "text" | "video" | "image", ...}}
-
-
-def parts(message: Any) -> list[dict[str, Any]]:
-    """Return the parts of a message's content, none where it is a string.
-
-    Raises:
-        ConfigError: it has no role, or its content is neither text nor a list of text, image and video parts.
-    """
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ConfigError(f"message={message!r} is not allowed: give an object with a role and a content")
-    content = message.get("content")
-    if isinstance(content, str):
-        return []
-    if not isinstance(content, list | tuple):
-        raise ConfigError(f"content={content!r} of a message is not allowed: give a string or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        is_text = kind == "text" and isinstance(part.get("text"), str)
-        if not is_text and kind not in ("image", "video"):
-            raise ConfigError(f"a message part of type {kind!r} is not allowed: give text (a string), image or video")
-    return list(content)
-
-
-def source_of(part: dict[str, Any]) -> Any:
-    """Return what an image or video part names: under its own type, "path" or "url", as in Hugging Face's chat form.
-
-    Raises:
-        ConfigError: it names nothing.
-    """
-    for key in (part["type"], "path", "url"):
-        if part.get(key) is not None:
-            return part[key]
-    raise ConfigError(
-        f"a message part of type {part['type']!r} names no {part['type']}: add {part['type']!r} or 'path'"
-    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +41,14 @@ class Inputs:
 
         kwargs = {key: moved(value) for key, value in self.model_kwargs.items()}
         return replace(self, input_ids=self.input_ids.to(device), model_kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a prompt is."""
+
+    num_tokens: int
+    frame_pixels: tuple[int, ...]  # of one resized frame of every video and image, in order of appearance
 
 
 @dataclass(frozen=True)
@@ -173,15 +146,21 @@ class Family(Protocol):
         messages: Sequence[Message],
         media: Sequence[Frames],
         *,
-        max_pixels: int | None = None,
-        total_pixels: int | None = None,
+        limits: Sequence[Limits] = (),
         device: torch.device | str = "cpu",
     ) -> Inputs:
-        """Return the model's inputs; media stand in order of appearance in the messages.
+        """Return the model's inputs; media stand in order of appearance in the messages, as do their limits, if any.
 
         Resizing, normalising and patchifying run in torch on `device` and are bit-equal to the HF processors'.
-        max_pixels bounds one resized frame, total_pixels all of a video's frames.
         """
+        ...
+
+    def measure(self, messages: Sequence[Message], media: Sequence[Frames], limits: Sequence[Limits] = ()) -> Size:
+        """Return how large these inputs would be, without making them."""
+        ...
+
+    def check_text(self, messages: Sequence[Message]) -> None:
+        """Refuse words that would stand for a video or image, with a ConfigError."""
         ...
 
     def prepare(self, model: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +13,9 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.families.base import Inputs, Message, Prompt, Visual, parts
+from specvlm.errors import ConfigError, UnsupportedModel, one_line
+from specvlm.families.base import Inputs, Prompt, Size, Visual
+from specvlm.families.messages import Message, parse, texts
 from specvlm.families.pixels import Limits, read_json
 from specvlm.media import Frames
 
@@ -31,6 +32,7 @@ class Encoded:
     text: str  # what stands for it in the prompt: one placeholder token a run of visual tokens
     runs: tuple[int, ...]  # tokens that each of these placeholders stands for
     extra: Any = None  # what the family's model_kwargs need besides
+    frame_pixels: int = 0  # of one resized frame
 
 
 def chat_template(directory: str, tokenizer: Any) -> str:
@@ -103,8 +105,8 @@ class VisionFamily(ABC):
         }
 
     @abstractmethod
-    def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
-        """Return what the model takes for each of the media, in their order."""
+    def _encode(self, media: Sequence[Frames], limits: Sequence[Limits], device: torch.device | str) -> list[Encoded]:
+        """Return what the model takes for each of the media, in their order, with limits of its own."""
 
     @abstractmethod
     def _model_kwargs(self, kind: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
@@ -119,8 +121,7 @@ class VisionFamily(ABC):
         messages: Sequence[Message],
         media: Sequence[Frames],
         *,
-        max_pixels: int | None = None,
-        total_pixels: int | None = None,
+        limits: Sequence[Limits] = (),
         device: torch.device | str = "cpu",
     ) -> Inputs:
         """Return the model's inputs (see Family.inputs); media stand in order of appearance in the messages.
@@ -129,12 +130,8 @@ class VisionFamily(ABC):
             ConfigError: media and placeholders do not match, or a limit cannot be kept.
             MediaError: a frame has a shape that the model refuses.
         """
-        text = self._render(messages)
-        self._check_media(text, media)
-        encoded = self._encode(media, Limits(max_pixels, total_pixels), device)
-        queues = {kind: [e for e in encoded if e.visual.kind == kind] for kind in _KINDS}
-        order = [queues[kind].pop(0) for kind in self._found(text)]
-        ids = self._token_ids(text, order).to(device)
+        ids, order = self._encoded(messages, media, limits, device)
+        ids = ids.to(device)
         kwargs: dict[str, Any] = {}
         for kind in _KINDS:
             if chosen := [e for e in order if e.visual.kind == kind]:
@@ -142,6 +139,27 @@ class VisionFamily(ABC):
         if self.is_mrope:
             kwargs["mm_token_type_ids"] = self._type_ids(ids)[None]
         return Inputs(ids, kwargs, tuple(e.visual for e in order))
+
+    def measure(self, messages: Sequence[Message], media: Sequence[Frames], limits: Sequence[Limits] = ()) -> Size:
+        """Return how large these inputs would be: all is done but the work on pixels.
+
+        Arguments are those of `inputs`.
+        """
+        hollow = [replace(frames, pixels=frames.pixels.to("meta")) for frames in media]
+        ids, order = self._encoded(messages, hollow, limits, "meta")
+        queues = {kind: [e.frame_pixels for e in order if e.visual.kind == kind] for kind in _KINDS}
+        return Size(ids.shape[0], tuple(queues[frames.kind].pop(0) for frames in media))
+
+    def _encoded(
+        self, messages: Sequence[Message], media: Sequence[Frames], limits: Sequence[Limits], device: torch.device | str
+    ) -> tuple[Tensor, list[Encoded]]:
+        """Return the prompt's ids [S] and its encoded media, in order of appearance."""
+        text = self._render(messages)
+        self._check_media(text, media)
+        encoded = self._encode(media, limits or [Limits()] * len(media), device)
+        queues = {kind: [e for e in encoded if e.visual.kind == kind] for kind in _KINDS}
+        order = [queues[kind].pop(0) for kind in self._found(text)]
+        return self._token_ids(text, order), order
 
     def last_turn(self, input_ids: Tensor) -> int:
         """Return where the last user turn begins; all these families write ChatML, whose last turn opens the answer."""
@@ -203,15 +221,42 @@ class VisionFamily(ABC):
     def _render(self, messages: Sequence[Message]) -> str:
         """Return the prompt's text with one placeholder a video or image, ready for the answer.
 
+        A last message of the assistant is what the answer goes on from.
+
         Raises:
-            ConfigError: the messages are malformed, or the chat template refuses them.
+            ConfigError: the messages are malformed, or the chat template refuses them or leaves out what they say.
         """
-        plain = [_strip(message) for message in messages]
-        options = {"chat_template": self._template, "tokenize": False, "add_generation_prompt": True}
-        try:
-            return str(self.tokenizer.apply_chat_template(plain, **options))
-        except TemplateError as error:
-            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+        given, _ = parse(messages)
+        problem = ""
+        for plain in (given, [_with_list(message) for message in given], [_with_string(message) for message in given]):
+            try:
+                text = self._apply(plain)
+            except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+                problem = problem or f"the model's chat template refuses these messages: {one_line(error)}"
+                continue
+            left_out = _left_out(given, text) if "messages" in self._template else ""
+            if not left_out:
+                return text
+            problem = problem or f"the model's chat template leaves out {left_out}: it may be one for text alone"
+        raise ConfigError(problem)
+
+    def _apply(self, plain: Sequence[Message]) -> str:
+        is_continued = bool(plain) and plain[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
+        template = {"chat_template": self._template, "tokenize": False}
+        return str(self.tokenizer.apply_chat_template(plain, **template, **options))
+
+    def check_text(self, messages: Sequence[Message]) -> None:
+        """Refuse words that would stand for a video or image, where these are parts of their own.
+
+        Raises:
+            ConfigError: there are some; the token is named.
+        """
+        for number, message in enumerate(messages):
+            matches = [self._placeholder.search(text) for text in texts(message)]
+            if found := next((match for match in matches if match), None):
+                problem = f"messages[{number}]: the text holds {found[0]!r}, which stands for a video or image"
+                raise ConfigError(f"{problem} in this model: leave it out, they are parts of their own")
 
     def _found(self, text: str) -> list[str]:
         """Return the kind of every placeholder in the text."""
@@ -222,9 +267,9 @@ class VisionFamily(ABC):
         for kind in _KINDS:
             given, wanted = sum(frames.kind == kind for frames in media), found.count(kind)
             if given != wanted:
-                raise ConfigError(
-                    f"{given} {kind}s are given but the messages have {wanted} places for one ({self._tokens[kind]})"
-                )
+                places = f"the messages have {wanted} places for one ({self._tokens[kind]})"
+                hint = ": the chat template may be one for text alone" if wanted < given else ""
+                raise ConfigError(f"{given} {kind}s are given but {places}{hint}")
 
     def _token_ids(self, text: str, order: Sequence[Encoded]) -> Tensor:
         """Return the ids of the text, each placeholder repeated once per visual token; int64 [S]."""
@@ -243,7 +288,26 @@ class VisionFamily(ABC):
         return types
 
 
-def _strip(message: Any) -> Message:
-    """Return a message without its media, which travel beside the messages."""
-    content = [part if part["type"] == "text" else {"type": part["type"]} for part in parts(message)]
-    return {**message, "content": content} if content else message
+def _with_list(message: Message) -> Message:
+    """Return a message with its text as a list of one part, which some templates expect."""
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def _with_string(message: Message) -> Message:
+    """Return a message of text alone with a plain string, as templates for text only expect it."""
+    content = message["content"]
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _left_out(messages: Sequence[Message], text: str) -> str:
+    """Return the words of a user or of the system that a rendered prompt lacks, or ""."""
+    for content in (message["content"] for message in messages if message["role"] in ("system", "user")):
+        parts = [{"text": content}] if isinstance(content, str) else content
+        for part in parts:
+            words = part.get("text", "")
+            if words.strip() not in text or str(part) in text:  # a list put into text is no list that it takes
+                return repr(words[:60]) if words else f"a message's {part['type']}"
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specvlm import vision
-from specvlm.errors import UnsupportedModel
+from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families.base import Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import Limits, normalize, processor_settings, resize
@@ -65,11 +66,14 @@ class LlavaOnevision(VisionFamily):
         layout = {"side": self._side, "pinpoints": self._pinpoints, "max_tiles": self._max_tiles}
         self.settings |= self._processors | layout
 
-    def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
+    def _encode(self, media: Sequence[Frames], limits: Sequence[Limits], device: torch.device | str) -> list[Encoded]:
         is_alone = sum(frames.kind == "image" for frames in media) == 1
         encoded = []
-        for frames in media:
-            most = limits.per_frame(len(frames.pixels), self._tile**2)
+        for frames, bounds in zip(media, limits, strict=True):
+            if bounds.exact is not None or bounds.min_pixels is not None:
+                problem = f"{replace(bounds, max_pixels=None, total_pixels=None).first} is not allowed for this model"
+                raise ConfigError(f"{problem}: its frames and tiles are all {self._tile} x {self._tile}; leave it out")
+            most = bounds.per_frame(len(frames.pixels), self._tile**2)
             if frames.kind == "video":
                 encoded.append(self._video(frames, device))
             else:
@@ -84,7 +88,7 @@ class LlavaOnevision(VisionFamily):
         pixels = normalize(pixels.to(device), settings, 1, self.pixel_dtype)
         pooled = math.ceil(self._side / 2)
         visual = Visual("video", (len(pixels), pooled, pooled))
-        return Encoded(visual, pixels, self._tokens["video"], (math.prod(visual.grid) + 1,))
+        return Encoded(visual, pixels, self._tokens["video"], (math.prod(visual.grid) + 1,), None, self._tile**2)
 
     def _image(self, image: Tensor, is_alone: bool, most: int | None) -> Encoded:
         """Encode one image [1, 3, H, W], first shrunk to at most `most` pixels."""
@@ -99,7 +103,7 @@ class LlavaOnevision(VisionFamily):
         layout = self._image_layout(height, width, is_alone)
         bounds = (layout.amax(0) + 1).tolist()
         visual = Visual("image", (bounds[0], bounds[1], bounds[2]))
-        return Encoded(visual, pixels, self._tokens["image"], (len(layout),), (height, width))
+        return Encoded(visual, pixels, self._tokens["image"], (len(layout),), (height, width), height * width)
 
     def _tiles(self, image: Tensor) -> Tensor:
         """Return [1 + tiles, 3, H, W] uint8: the whole image, then its tiles in reading order, black where it ends."""

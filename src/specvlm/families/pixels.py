@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specvlm.config import VideoConfig
 from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,6 +125,24 @@ class Limits:
 
     max_pixels: int | None = None  # of one frame
     total_pixels: int | None = None  # of all frames of a video
+    min_pixels: int | None = None  # of one frame
+    exact: tuple[int, int] | None = None  # height and width of a frame, in place of all bounds
+
+    @staticmethod
+    def of(config: VideoConfig) -> Limits:
+        """Return the bounds that settings ask for."""
+        exact = None
+        if config.resized_height is not None and config.resized_width is not None:
+            exact = config.resized_height, config.resized_width
+        return Limits(config.max_pixels, config.total_pixels, config.min_pixels, exact)
+
+    @property
+    def first(self) -> str | None:
+        """The first of these settings that is there, as name=value."""
+        if self.exact is not None:
+            return f"resized_height={self.exact[0]}"
+        given = ((name, getattr(self, name)) for name in ("max_pixels", "total_pixels", "min_pixels"))
+        return next((f"{name}={value}" for name, value in given if value is not None), None)
 
     def per_frame(self, num_frames: int, least: int) -> int | None:
         """Return the most pixels that one of a video's frames may have, None without a bound.
@@ -161,6 +180,19 @@ class Budget:
         high = min(self.high, per_frame * min(self.frames, self.padded))
         return replace(self, low=min(self.low, high), high=high, most=per_frame)
 
+    def raised(self, min_pixels: int | None) -> Budget:
+        """Return the budget with at least `min_pixels` a frame.
+
+        Raises:
+            ConfigError: that is above what the model or the caller allows.
+        """
+        if min_pixels is None:
+            return self
+        most = self.high // self.frames
+        if min_pixels > most:
+            raise ConfigError(f"min_pixels={min_pixels} is not allowed for this model: at most {most} a frame")
+        return replace(self, low=max(self.low, min_pixels * self.frames))
+
 
 def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
     """Return the (height, width) that a frame is resized to: multiples of the cell, within budget, aspect nearly kept.
@@ -186,10 +218,18 @@ def fit(height: int, width: int, budget: Budget) -> tuple[int, int]:
     elif budget.padded * rows * columns < budget.low:
         grow = math.sqrt(budget.low / volume)
         rows, columns = math.ceil(height * grow / cell) * cell, math.ceil(width * grow / cell) * cell
+        if budget.most is not None and rows * columns > budget.most:  # the caller's two bounds lie close together
+            rows = max(cell, math.floor(height * grow / cell) * cell)
+            columns = max(cell, math.floor(width * grow / cell) * cell)
     if budget.most is not None and rows * columns > budget.most:  # one side is a single cell
         longest = budget.most // (cell * cell) * cell
         rows, columns = min(rows, longest), min(columns, longest)
     return rows, columns
+
+
+def exact_size(size: tuple[int, int], cell: int) -> tuple[int, int]:
+    """Return a wanted (height, width) in whole cells, within the bounds that qwen-vl-utils sets such sizes."""
+    return fit(*size, Budget(cell, 4 * cell * cell, 16384 * cell * cell))
 
 
 def pad_frames(frames: Tensor, multiple: int) -> Tensor:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from specvlm import vision
-from specvlm.families.base import Inputs, Message, Visual, register
+from specvlm.errors import ConfigError
+from specvlm.families.base import Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
+from specvlm.families.messages import Message
 from specvlm.families.pixels import (
     HALF,
     Budget,
     Limits,
+    exact_size,
     fit,
     normalize,
     pad_frames,
@@ -78,22 +81,32 @@ class QwenVL(VisionFamily):
         super().prepare(model)
         vision.install(model.model.visual)
 
-    def _encode(self, media: Sequence[Frames], limits: Limits, device: torch.device | str) -> list[Encoded]:
-        return [self._encode_one(frames, limits, device) for frames in media]
+    def _encode(self, media: Sequence[Frames], limits: Sequence[Limits], device: torch.device | str) -> list[Encoded]:
+        return [self._encode_one(frames, bounds, device) for frames, bounds in zip(media, limits, strict=True)]
 
     def _encode_one(self, frames: Frames, limits: Limits, device: torch.device | str) -> Encoded:
         settings = self._processors[frames.kind]
         temporal, merge = settings["temporal_patch_size"], settings["merge_size"]
         pixels = frames.pixels
         if settings["do_resize"]:
-            size = fit(pixels.shape[2], pixels.shape[3], self._budget(frames, limits))
-            pixels = resize(pixels, size, settings["resample"], device)
+            pixels = resize(pixels, self._size(frames, limits), settings["resample"], device)
+        elif limits.first is not None:
+            problem = f"{limits.first} is not allowed: this checkpoint says not to resize (do_resize is false)"
+            raise ConfigError(f"{problem}: leave it out")
         padded = pad_frames(pixels.to(device), temporal)
         patches, (steps, rows, columns) = patchify(padded, settings["patch_size"], temporal, merge)
         visual = Visual(frames.kind, (steps, rows // merge, columns // merge))
         text, runs = self._runs(frames, visual)
         seconds = temporal / frames.fps if frames.kind == "video" else None  # of one time step
-        return Encoded(visual, normalize(patches, settings, 1, self.pixel_dtype).flatten(1), text, runs, seconds)
+        patches = normalize(patches, settings, 1, self.pixel_dtype).flatten(1)
+        return Encoded(visual, patches, text, runs, seconds, math.prod(pixels.shape[2:]))
+
+    def _size(self, frames: Frames, limits: Limits) -> tuple[int, int]:
+        """Return the (height, width) that frames are resized to."""
+        if limits.exact is None:
+            return fit(frames.pixels.shape[2], frames.pixels.shape[3], self._budget(frames, limits))
+        settings = self._processors[frames.kind]
+        return exact_size(limits.exact, settings["patch_size"] * settings["merge_size"])
 
     def _budget(self, frames: Frames, limits: Limits) -> Budget:
         """Return the bounds on a resized image, or on one or all frames of a video."""
@@ -104,7 +117,7 @@ class QwenVL(VisionFamily):
             limits = replace(limits, total_pixels=None)
         else:
             budget = self._video_budget(cell, len(frames.pixels))
-        return budget.lowered(limits.per_frame(len(frames.pixels), cell * cell))
+        return budget.lowered(limits.per_frame(len(frames.pixels), cell * cell)).raised(limits.min_pixels)
 
     def _video_budget(self, cell: int, num_frames: int) -> Budget:
         """Return the checkpoint's bounds on one frame of a video."""

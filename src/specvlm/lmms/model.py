@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,12 +21,11 @@ from lmms_eval.models.model_utils.gen_metrics import calculate_token_throughput,
 from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
-from specvlm import media
 from specvlm.account import Generation, Speculation
-from specvlm.config import EngineConfig, VideoConfig
+from specvlm.config import EngineConfig
 from specvlm.engine import SpecVLM
 from specvlm.errors import CapacityError, ConfigError, MediaError, memory_errors
-from specvlm.families import Message, source_of
+from specvlm.families import Message
 from specvlm.options import MODEL_OPTIONS
 
 _SETTINGS = frozenset(setting.name for part in vars(EngineConfig()).values() for setting in fields(part))
@@ -126,9 +125,8 @@ class LmmsModel(lmms):  # type: ignore[misc]
         """Return the answer; an empty one, which is counted and logged, where a file or its length is at fault."""
         begin = time.perf_counter()
         try:
-            config = self._model.config.replace(**settings).video
             with memory_errors():
-                answer = self._model.generate([_with_parts(message, config) for message in messages], **settings)
+                answer = self._model.generate([_with_parts(message) for message in messages], **settings)
         except (MediaError, CapacityError) as error:
             logger.error(f"{name} gets an empty answer: {error}")
             account.failed_requests += 1
@@ -228,19 +226,17 @@ def _rounds(ask: Ask, messages_of: Callable[..., Any], doc: Any) -> list[str]:
         number += 1
 
 
-def _with_parts(message: Message, config: VideoConfig) -> Message:
-    """Return a message whose videos with a beginning or end of their own are read already; settings hold for all."""
+def _with_parts(message: Message) -> Message:
+    """Return a message whose parts name beginning and end of a video as everywhere else."""
     content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": [_part(part, config) for part in content]}
+    return message if isinstance(content, str) else {**message, "content": [_part(part) for part in content]}
 
 
-def _part(part: dict[str, Any], config: VideoConfig) -> dict[str, Any]:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
     if isinstance(part.get("url"), dict):  # {"path": ..., "video_start": ..., "video_end": ...}
-        part = {**part, **part["url"]}
-    start, end = (part.get(f"{name}_time", part.get(f"video_{name}")) for name in ("start", "end"))
-    if start is end is None:
-        return part
-    return {"type": "video", "video": media.load(source_of(part), replace(config, start=start or 0.0, end=end))}
+        part = {key: value for key, value in part.items() if key != "url"} | part["url"]
+    times = {f"{name}_time": f"video_{name}" for name in ("start", "end")}
+    return {times.get(key, key): value for key, value in part.items()}
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ import av
 import av.error
 
 from specvlm.errors import MediaError
-from specvlm.media.content import line_of, looks_like
+from specvlm.media.content import described, line_of
 from specvlm.media.frames import Data
 
 MAX_PICTURE_PIXELS = 1 << 27  # 16384 x 8192; a decoder holds several such pictures, whatever the file's length
@@ -38,7 +38,7 @@ def open_container(name: str, data: Data) -> Any:
             metadata_errors="replace",
         )
     except (av.error.FFmpegError, ValueError, OverflowError) as error:
-        raise MediaError(f"{name} cannot be read as a video{looks_like(data)} ({line_of(error)})") from error
+        raise MediaError(f"{name} cannot be read as a video{described(data, 'video')} ({line_of(error)})") from error
 
 
 def open_decoder(name: str, data: Data, index: int) -> tuple[Any, Any]:

@@ -44,7 +44,8 @@ class Decoder:
         shown = ahead = next(frames, None)
         for limit in map(self._clip.ticks, times):
             before = shown
-            if ahead is not None and (entry := self._entry(limit, ahead.pts, ahead.pts - shown.pts)) is not None:
+            entry = self._entry(limit, shown, ahead)
+            if entry is not None:
                 frames = self._enter(entry, limit)
                 shown = ahead = next(frames, None)
             while ahead is not None and ahead.pts <= limit:
@@ -59,15 +60,13 @@ class Decoder:
         """Whether decoding ended at `last`, well before a frame that the packets promise for `limit`."""
         return last + 2 * self._clip.gap < min(limit, self._clip.ticks(self._clip.last_start))
 
-    def _entry(self, limit: int, place: int, step: int) -> Entry | None:
-        """Return where to enter if that is nearer to `limit` than `place`; a few frames are decoded, not looked for.
-
-        A frame takes `step` ticks here; the header may state a rate that is far too low.
-        """
-        gap = min(self._clip.gap, step) if step > 0 else self._clip.gap
-        if not self._can_enter or limit - place <= 8 * gap:
+    def _entry(self, limit: int, shown: Any, ahead: Any) -> Entry | None:
+        """Return where to enter if that is nearer to `limit` than `ahead`; a few frames are decoded, not looked for."""
+        if ahead is None or not self._can_enter:
             return None
-        return self._clip.entry(limit, after=place)
+        step = ahead.pts - shown.pts  # the header may state a rate that is far too low
+        gap = min(self._clip.gap, step) if step > 0 else self._clip.gap
+        return self._clip.entry(limit, after=ahead.pts) if limit - ahead.pts > 8 * gap else None
 
     def _enter(self, entry: Entry, limit: int) -> Iterator[Any]:
         """Return the frames from a keyframe on; from the start of the file if it cannot be entered there."""

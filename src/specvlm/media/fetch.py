@@ -1,57 +1,79 @@
-"""From a source to a path or bytes: local files, file objects, bytes, URLs."""
+"""From a source to a path or bytes: local files, pipes, file objects, bytes, URLs."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import os
-import re
-import shutil
+import select
+import stat
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import httpx
+from typing import Any, BinaryIO
 
 from specvlm.config import VideoConfig
 from specvlm.errors import MediaError
 from specvlm.media.content import head_of, line_of
+from specvlm.media.download import download, too_long, url_name
 from specvlm.media.frames import Data
 
-MAX_REDIRECTS = 5
+_CHUNK = 1 << 20  # bytes read at once
+_OPEN_FILES = "/proc/self/fd"  # Linux: every open file by its number, also one without a name
 
 
 @contextmanager
 def located(source: Any, config: VideoConfig) -> Iterator[tuple[str, Data]]:
-    """Yield the source's name for messages, and its path or bytes; a temporary copy is deleted afterwards."""
+    """Yield the source's name for messages, and its path or bytes; a temporary copy is gone afterwards.
+
+    Raises:
+        MediaError: there is nothing to read, or more than max_download_bytes where it must be copied first.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
-        yield _named(f"<{len(data)} bytes>", data), data
+        yield _checked(f"<{len(data)} bytes>", data), data
     elif hasattr(source, "read"):
-        with _temporary() as path:
-            name = str(getattr(source, "name", "<file object>"))
-            _copy(iter(lambda: source.read(1 << 20), b""), path, name, config)
-            yield _named(name, path), path
+        name = str(getattr(source, "name", "<file object>"))
+        with _copied(name, config, lambda: _read_object(source, name)) as path:
+            yield _checked(name, path), path
     elif not isinstance(source, str | os.PathLike):
-        raise MediaError(
-            f"cannot read a {type(source).__name__}: pass a path, URL, bytes, uint8 array or list of images"
-        )
-    elif (scheme := _scheme(path := os.fspath(source))) in ("http", "https"):
-        with _temporary() as copy:
-            _download(path, copy, config)
-            name = _url_name(path)
-            yield _named(name, copy), copy
-    elif scheme == "data":
-        data = _data_url(path)
-        yield _named(f"{path[:30]}...", data), data
-    elif scheme in ("file", ""):
-        local = _file_path(path) if scheme else path
-        yield _named(local, local), local
+        kind = type(source).__name__
+        raise MediaError(f"cannot read a {kind}: pass a path, URL, bytes, uint8 array or list of images")
     else:
-        raise MediaError(f"{_url_name(path)}: {scheme}:// is not supported: use a path, file://, http:// or https://")
+        with _named(_text(source), config) as found:
+            yield found
+
+
+def _text(source: str | os.PathLike[str]) -> str:
+    """Return a path or URL as text."""
+    path = os.fspath(source)
+    return os.fsdecode(path) if isinstance(path, bytes) else str(path)
+
+
+@contextmanager
+def _named(text: str, config: VideoConfig) -> Iterator[tuple[str, Data]]:
+    """Yield the name of a path or URL, and its path or bytes."""
+    scheme = _scheme(text)
+    if scheme in ("http", "https"):
+        name = url_name(text)
+        with _copied(name, config, lambda: download(text, config)) as path:
+            yield _checked(name, path), path
+    elif scheme == "data":
+        data = _data_url(text)
+        yield _checked(f"{text[:30]}...", data), data
+    elif scheme in ("file", ""):
+        path = _file_path(text) if scheme else text
+        if _is_pipe(path):
+            with _copied(path, config, lambda: _read_pipe(path, config.timeout)) as copy:
+                yield _checked(path, copy), copy
+        else:
+            name = _checked(path, path)
+            with _in_utf8(path) as usable:
+                yield name, usable
+    else:
+        raise MediaError(f"{url_name(text)}: {scheme}:// is not supported: use a path, file://, http:// or https://")
 
 
 def _scheme(text: str) -> str:
@@ -63,6 +85,18 @@ def _scheme(text: str) -> str:
     return head.lower() if found and is_scheme else ""
 
 
+@contextmanager
+def _in_utf8(path: str) -> Iterator[str]:
+    """Yield a path that FFmpeg takes: a name that is no UTF-8 stands as the number of the open file."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"{_OPEN_FILES}/{file.fileno()}"
+    else:
+        yield path
+
+
 def _file_path(url: str) -> str:
     host, slash, path = url.partition("://")[2].partition("/")
     if host not in ("", "localhost"):
@@ -70,34 +104,23 @@ def _file_path(url: str) -> str:
     return urllib.request.url2pathname(slash + path)
 
 
-def _url_name(url: str) -> str:
-    """Return the URL for messages: without user name, password and query, which may hold secrets."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"[:200]
-
-
 def _data_url(url: str) -> bytes:
     head, _, body = url.partition(",")
     try:
         if not head.lower().endswith(";base64"):
             return urllib.parse.unquote_to_bytes(body)
-        return base64.b64decode(urllib.parse.unquote(body), validate=True)
+        return base64.b64decode("".join(urllib.parse.unquote(body).split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(
-            f"{url[:30]}... is no valid base64 ({line_of(error)}): encode the file's bytes again"
-        ) from error
+        problem = f"{url[:30]}... is no valid base64 ({line_of(error)})"
+        raise MediaError(f"{problem}: encode the file's bytes again") from error
 
 
-def _named(name: str, data: Data) -> str:
+def _checked(name: str, data: Data) -> str:
     """Return the name on one line, or raise if there is plainly nothing to read."""
-    name = " ".join(name.split())
-    if isinstance(data, str):
-        if "\0" in data or not os.path.exists(data):
-            raise MediaError(f"{name!r} does not exist: check the path".replace("\\x00", "\\0"))
-        if os.path.isdir(data):
-            raise MediaError(f"{name} is a directory: pass one file, or the list of its images")
+    name = printable(name)
     try:
+        if isinstance(data, str):
+            _check_path(name, data)
         is_empty = not head_of(data, 1)
     except OSError as error:
         raise MediaError(f"{name} cannot be read ({error.strerror}): check its permissions") from error
@@ -106,53 +129,108 @@ def _named(name: str, data: Data) -> str:
     return name
 
 
+def printable(name: str) -> str:
+    """Return a name on one line that every terminal takes: what is no character stands as an escape."""
+    return " ".join(name.encode("utf-8", "backslashreplace").decode().split())
+
+
+def _check_path(name: str, path: str) -> None:
+    """Refuse what is no file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise MediaError(f"{name!r} does not exist: check the path") from error
+    except (ValueError, NotADirectoryError) as error:  # ValueError: a zero byte, or a character that no path can hold
+        shown = repr(name).replace("\\x00", "\\0")
+        raise MediaError(f"{shown} does not exist: check the path") from error
+    if stat.S_ISDIR(mode):
+        raise MediaError(f"{name} is a directory: pass one file, or the list of its images")
+    if not stat.S_ISREG(mode):
+        raise MediaError(f"{name} is a device or a socket, not a file: pass a file, a pipe or a URL")
+
+
+# Copies: what can be read only once
+
+
 @contextmanager
-def _temporary() -> Iterator[str]:
-    """Yield the path of a file to be made, which is deleted afterwards whatever happens."""
-    folder = tempfile.mkdtemp(prefix="specvlm-")
+def _copied(name: str, config: VideoConfig, chunks: Callable[[], Iterable[bytes]]) -> Iterator[str]:
+    """Yield the path of a copy of the chunks, up to max_download_bytes; it is gone afterwards whatever happens.
+
+    On Linux the file has no name from the start, so that even a killed process leaves nothing behind.
+    """
+    has_no_name = os.path.isdir(_OPEN_FILES)
     try:
-        yield os.path.join(folder, "media")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _download(url: str, path: str, config: VideoConfig) -> None:
-    """Stream a URL's body to a file."""
-    name = _url_name(url)
-    client = httpx.Client(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=config.timeout)
-    try:
-        with client, client.stream("GET", url) as response:
-            if response.is_error:
-                raise MediaError(
-                    f"{name}: the server answered {response.status_code} {response.reason_phrase}: check the URL"
-                )
-            if (size := response.headers.get("content-length", "")).isdigit() and int(size) > config.max_download_bytes:
-                raise _too_long(name, f"has {size} bytes", config)
-            _copy(response.iter_bytes(), path, name, config)
-    except httpx.TimeoutException as error:
-        raise MediaError(f"{name}: no answer within {config.timeout:g} s: try again or raise --timeout") from error
-    except httpx.TooManyRedirects as error:
-        raise MediaError(f"{name}: more than {MAX_REDIRECTS} redirects: pass the final URL") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise MediaError(f"{name} cannot be fetched ({line_of(error)}): check the URL and the network") from error
-
-
-def _copy(chunks: Iterable[Any], path: str, name: str, config: VideoConfig) -> None:
-    """Write chunks to a file, up to max_download_bytes."""
-    count = 0
-    try:
-        with open(path, "wb") as file:
-            for chunk in chunks:
-                if not isinstance(chunk, bytes):
-                    raise MediaError(f"{name} gives text: open it in binary mode")
-                if (count := count + len(chunk)) > config.max_download_bytes:
-                    raise _too_long(name, f"has more than {config.max_download_bytes} bytes", config)
-                file.write(chunk)
+        file: Any = tempfile.TemporaryFile() if has_no_name else tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115
     except OSError as error:
-        raise MediaError(
-            f"{name} cannot be copied to {tempfile.gettempdir()} ({line_of(error)}): free some space"
-        ) from error
+        raise _no_room(name, error) from error
+    try:
+        with file:
+            _write(file, chunks(), name, config)
+            if has_no_name:
+                yield f"{_OPEN_FILES}/{file.fileno()}"
+                return
+        yield file.name
+    finally:
+        if not has_no_name:
+            os.unlink(file.name)
 
 
-def _too_long(name: str, fault: str, config: VideoConfig) -> MediaError:
-    return MediaError(f"{name} {fault}, the limit is {config.max_download_bytes}: raise --max-download-bytes")
+def _write(file: Any, chunks: Iterable[bytes], name: str, config: VideoConfig) -> None:
+    count = 0
+    for chunk in chunks:
+        count += len(chunk)
+        if count > config.max_download_bytes:
+            raise too_long(name, f"has more than {config.max_download_bytes} bytes", config)
+        try:
+            file.write(chunk)
+        except OSError as error:
+            raise _no_room(name, error) from error
+    try:
+        file.flush()
+    except OSError as error:
+        raise _no_room(name, error) from error
+
+
+def _no_room(name: str, error: OSError) -> MediaError:
+    place = os.environ.get("TMPDIR") or "the temporary folder"
+    return MediaError(f"{name} cannot be copied to {place} ({line_of(error)}): free some space, or set TMPDIR")
+
+
+def _read_object(source: BinaryIO, name: str) -> Iterator[bytes]:
+    """Yield what a binary file object gives."""
+    while True:
+        try:
+            chunk: Any = source.read(_CHUNK)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise MediaError(f"{name} cannot be read ({line_of(error)}): pass an open binary file") from error
+        if not isinstance(chunk, bytes | bytearray | memoryview):
+            kind = "text" if isinstance(chunk, str) else f"a {type(chunk).__name__}"
+            raise MediaError(f"{name} gives {kind}: open it in binary mode")
+        if not len(chunk):
+            return
+        yield bytes(chunk)
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False  # _check_path says why
+
+
+def _read_pipe(path: str, timeout: float) -> Iterator[bytes]:
+    """Yield what a named pipe gives, read once; a writer that says nothing for `timeout` seconds is given up."""
+    try:
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a blocking open would wait for ever for a writer
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    try:
+        while True:
+            if not select.select([pipe], [], [], timeout)[0]:
+                raise MediaError(f"{path} is a pipe that gave nothing for {timeout:g} s: write to it, or pass a file")
+            chunk = os.read(pipe, _CHUNK)
+            if not chunk:
+                return
+            yield chunk
+    finally:
+        os.close(pipe)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -49,7 +50,7 @@ def still(pixels: Tensor, config: VideoConfig, kind: str) -> Frames:
 
 def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
     """Return the part and the share of the frames that the config asks for; loading twice changes nothing."""
-    as_pixels(frames.pixels, "Frames.pixels", axes=4)
+    _check_frames(frames)
     if kind == "image":
         return replace(one_image(frames.pixels, "Frames"), seconds=frames.seconds, fps=frames.fps)
     seconds, last = frames.seconds.cpu().numpy(), float(frames.seconds[-1])
@@ -58,15 +59,36 @@ def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
     first = max(int(np.searchsorted(seconds, config.start + 1e-6, "right")) - 1, 0)
     index = np.arange(first, max(int(np.searchsorted(seconds, end - 1e-6)), first + 1))
     fps = frames.fps
-    if config.fps is not None and config.fps < fps * (1 - 1e-6):
-        times = regular(config.start, end, config.fps, slack=1e-6)
-        index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), config.fps
+    wanted = None if config.fps is None else max(config.fps, (config.min_frames or 0) / (end - config.start))
+    if wanted is not None and wanted < fps * (1 - 1e-6):
+        times = regular(config.start, end, wanted, slack=1e-6)
+        index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), wanted
     thin = _thinned(len(index), config)
     if len(thin) == len(frames.seconds):
         return replace(frames, kind=kind)
     chosen = torch.from_numpy(index[thin])
     pixels = frames.pixels[chosen.to(frames.pixels.device)]
     return Frames(pixels, frames.seconds[chosen.to(frames.seconds.device)], fps * len(thin) / len(index), kind)
+
+
+def _check_frames(frames: Frames) -> None:
+    """Raise MediaError where a caller's Frames are not what they should be."""
+    pixels, seconds, fps = frames.pixels, frames.seconds, frames.fps
+    if not isinstance(pixels, Tensor):
+        raise MediaError(f"Frames.pixels is a {type(pixels).__name__}: give a uint8 tensor [T, 3, H, W]")
+    as_pixels(pixels, "Frames.pixels", axes=4)
+    if pixels.shape[1] != 3:
+        raise MediaError(f"Frames.pixels has shape {list(pixels.shape)}: give [T, 3, H, W]")
+    if not isinstance(seconds, Tensor) or seconds.shape != pixels.shape[:1] or not seconds.is_floating_point():
+        shown = list(seconds.shape) if isinstance(seconds, Tensor) else type(seconds).__name__
+        raise MediaError(f"Frames.seconds is {shown}: give one float of seconds a frame, [{len(pixels)}]")
+    is_rising = bool(seconds.isfinite().all()) and bool((seconds.diff() >= 0).all())
+    if not is_rising:
+        raise MediaError("Frames.seconds must be finite and ascending: sort the frames by their times")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not (math.isfinite(fps) and fps > 0):
+        raise MediaError(f"Frames.fps is {fps!r}: give the frames a second among these frames, above 0")
+    if frames.kind not in ("video", "image"):
+        raise MediaError(f"Frames.kind is {frames.kind!r}: give 'video' or 'image'")
 
 
 def from_array(array: Array | Tensor, config: VideoConfig, kind: str) -> Frames:
@@ -83,6 +105,11 @@ def as_pixels(array: Array | Tensor, name: str, *, axes: int) -> Tensor:
     """Return uint8 pixels [..., 3, H, W] (contiguous; a tensor stays on its device)."""
     if array.dtype not in (np.uint8, torch.uint8):
         raise MediaError(f"{name} has dtype {array.dtype}: pixels must be uint8, 0 to 255 (floats: (x * 255).round())")
+    if isinstance(array, Tensor) and (array.layout != torch.strided or array.device.type == "meta"):
+        stored = "on the meta device" if array.device.type == "meta" else str(array.layout).removeprefix("torch.")
+        raise MediaError(f"{name} is {stored} and holds no plain pixels: pass a dense tensor with data")
+    if isinstance(array, np.ma.MaskedArray):
+        raise MediaError(f"{name} is masked: fill it first (.filled(0))")
     shape = tuple(array.shape)
     if array.ndim != axes or axes not in (3, 4) or 3 not in (shape[-1], shape[-3]):
         wanted = "[T, H, W, 3] or [T, 3, H, W]" if axes == 4 else "[H, W, 3] or [3, H, W]"

@@ -53,7 +53,7 @@ def load(source: Source, config: VideoConfig, *, kind: str = "video") -> Frames:
         return _from_list(source, config, kind)
     with located(source, config) as (name, data):
         if kind == "image" or is_still(data):
-            return still(read_image(name, data), config, kind)
+            return still(read_image(name, data, as_video=kind == "video"), config, kind)
         return read_video(name, data, config)
 
 

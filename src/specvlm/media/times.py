@@ -65,6 +65,8 @@ def _at_rate(clip: Clip, config: VideoConfig, end: float) -> tuple[Floats, float
     """Return the times at config.fps, at a lower rate where that is above the file's own or gives too many."""
     span, slack = end - config.start, 2e-3 if end == clip.end else 1e-6
     rate = config.fps or DEFAULT_FPS
+    if config.min_frames is not None:
+        rate = max(rate, config.min_frames / span)
     if (span - slack) * rate > config.max_frames:
         rate = config.max_frames / span
     if rate > clip.rate * (1 + 1e-6):  # the header says that the file has fewer: count them
