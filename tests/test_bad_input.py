@@ -70,7 +70,7 @@ MEDIA = {
     "ftp://host/clip.mp4": ["ftp://", "not supported"],
     "http://127.0.0.1:9/clip.mp4": ["http://127.0.0.1:9/clip.mp4"],
     "clip.mp4 --start 100": ["clip.mp4", "start=100", "5 s", "earlier start"],
-    "clip.mp4 --max-new-tokens 5000": ["5000", "4096", "max_new_tokens|fewer new tokens", "num_frames"],
+    "clip.mp4 --max-new-tokens 5000": ["5000", "4096", "fewer frames", "--max-new-tokens 4037 would fit"],
 }
 
 
@@ -158,7 +158,7 @@ def test_media(refused, line, wanted):
 
 def test_a_prompt_longer_than_the_context(refused):
     line = refused("describe", "clip.mp4", "ball " * 5000, "--target", TARGET, "--max-new-tokens", "4")
-    assert says(line, ["prompt tokens", "4096", "fewer frames"])
+    assert says(line, ["prompt tokens", "4096", "fewer frames", "shorten the text"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ imported when a command runs, so that help and bad options answer at once. An er
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -17,46 +16,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specvlm import console, sources
 from specvlm.bench import commands as bench_commands
 from specvlm.config import EngineConfig
-from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
-from specvlm.options import PARTS, Parser, add_data, add_model, add_settings, given, load, read_data
-from specvlm.status import Status, no_litter, quiet_libraries
+from specvlm.errors import Advice, CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
+from specvlm.options import PARTS, Parser, add_data, add_load, add_model, add_settings, given, load, read_data
+from specvlm.status import Status, quiet_libraries
 
 if TYPE_CHECKING:
     from specvlm.account import Generation
-    from specvlm.engine import SpecVLM
+    from specvlm.engine import Request, SpecVLM
     from specvlm.text import Chunk
-
-NOT_WRITTEN = {
-    errno.EPIPE: "stdout was closed before all was written: read it to its end",
-    errno.ENOSPC: "no space left on the device: free some, or write elsewhere",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, 1 (a difference was found), 2 (an error) or 130 (interrupted)."""
+    """Run a command; return the exit status.
+
+    0, 1 (a difference was found), 2 (an error), 130 (interrupted), or 128 and the number of the signal that ended it.
+    """
     try:
+        console.prepare_streams()
         args = _parse(argv)
         status = Status(is_quiet=args.quiet)
-        with no_litter(), quiet_libraries(status), memory_errors(), status:
+        with quiet_libraries(status), memory_errors(), status:
             status.show("loading the libraries...")
             code: int = args.run(args, status)
             sys.stdout.flush()
         return code
     except SpecVLMError as error:
-        return _fail(str(error))
+        return _fail(error.on_command_line() if isinstance(error, Advice) else str(error))
     except OSError as error:
-        if error.errno not in NOT_WRITTEN:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would raise again
-        return _fail(NOT_WRITTEN[error.errno])
+        return _fail(console.not_written(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", console.INTERRUPTED)
+    except console.Terminated as error:
+        return error.status
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"specvlm: {' '.join(message.split())}", file=sys.stderr)
+    console.say(message)
     return code
 
 
@@ -65,6 +63,8 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
+    while unknown and hasattr(args, "words") and not unknown[0].startswith("-"):
+        args.words.append(unknown.pop(0))  # words behind an option that followed others
     if unknown:
         command = " ".join(filter(None, (args.command, getattr(args, "question", None))))
         raise ConfigError(f"unknown argument {unknown[0]!r}; see specvlm {command} --help")
@@ -78,11 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
     def add(name: str, run: Callable[..., int], help: str, *parts: str) -> argparse.ArgumentParser:
-        usage = f"specvlm {name} [options] VIDEO [PROMPT]{' -o FILE.png' if name == 'inspect' else ''}"
+        videos = "VIDEO -o FILE.png" if name == "inspect" else "VIDEO [VIDEO ...]"
+        usage = f"specvlm {name} [options] {videos} [PROMPT | -p PROMPT]"
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", usage=usage)
         command.set_defaults(run=run)
         _add_source(command)
         add_model(command, has_draft="draft" in parts)
+        add_load(command)
         for part in parts:
             add_settings(command, PARTS[part])
         return command
@@ -114,15 +116,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_verify(commands: Any) -> None:
     text = "prove on this machine that speculative = plain decoding = transformers' generate(); exit 1 if it is not so"
+    text += ", 2 if a video could not be read"
     usage = "specvlm verify [options] [VIDEO ...]"
     parser = commands.add_parser("verify", help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage)
     parser.set_defaults(run=_verify)
     parser.add_argument("sources", metavar="VIDEO", nargs="*", help="videos [default: the bundled held-out clips]")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question about each VIDEO [default: a description]")
+    text = "the question about each VIDEO [default: a description]"
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help=text)
     add_data(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
     add_model(parser, has_draft=True)
+    add_load(parser)
     for part in PARTS.values():
         add_settings(parser, part)
 
@@ -137,8 +142,12 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="VIDEO", help="path or URL of a video, or - for a file on stdin")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question [default: a description]")
+    text = (
+        "paths or URLs of videos, or - for a file on stdin; several stand in one prompt. A last word that is no video "
+    )
+    text += "is the question"
+    parser.add_argument("words", metavar="VIDEO", nargs="+", help=text)
+    parser.add_argument("-p", "--prompt", metavar="PROMPT", help="the question [default: a description]")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
 
@@ -160,17 +169,41 @@ def _png(path: str) -> str:
 # Commands
 
 
-def _source(args: argparse.Namespace) -> str | bytes:
-    """Return VIDEO, or what stdin holds. A path that does not exist is found before the models are loaded.
+def _asked(args: argparse.Namespace) -> tuple[str | bytes | list[str | bytes], str | None]:
+    """Return what stands for the videos, and the question. What does not exist is found before the models are loaded.
 
     Raises:
-        MediaError: it does not exist; stdin is a terminal or holds too much.
+        ConfigError: a word may be a video or the question.
+        MediaError: a video does not exist; stdin is closed, a terminal or holds too much.
     """
-    if args.source != "-":
-        is_url = "://" in args.source or args.source.startswith("data:")
-        if not (is_url or os.path.exists(args.source)):
-            raise MediaError(f"{args.source!r} does not exist: check the path")
-        return str(args.source)
+    words, prompt = list(args.words), args.prompt
+    if prompt is None and len(words) > 1 and not sources.looks_like_media(words[-1]):
+        if os.path.exists(words[-1]):
+            problem = f"{words[-1]!r} may be a video, since it exists, or the question"
+            raise ConfigError(f"{problem}: give the question with -p")
+        prompt = words.pop()
+    if missing := [word for word in words if not (sources.looks_like_media(word) or os.path.exists(word))]:
+        if len(words) == 1 and args.prompt is None and prompt is None:
+            raise MediaError(f"{words[0]!r} does not exist: check the path")
+        problem = f"{missing[0]!r} is no video that exists, nor the question, which {(prompt or words[-1])!r} would be"
+        raise MediaError(f"{problem}: check the path, and quote the question or give it with -p; see specvlm "
+                         f"{args.command} --help")  # fmt: skip
+    if gone := [word for word in words if not (word == "-" or _is_url(word) or os.path.exists(word))]:
+        raise MediaError(f"{gone[0]!r} does not exist: check the path")
+    if words.count("-") > 1:
+        raise ConfigError("'-' is stdin, which holds one file: give it once")
+    found = [_stdin(args) if word == "-" else word for word in words]
+    return found if len(found) > 1 else found[0], prompt
+
+
+def _is_url(word: str) -> bool:
+    return "://" in word or word.startswith("data:")
+
+
+def _stdin(args: argparse.Namespace) -> bytes:
+    """Return what stdin holds."""
+    if sys.stdin is None:
+        raise MediaError("stdin is closed: pipe a video file into it, or give a path")
     if sys.stdin.isatty():
         raise MediaError("stdin is a terminal: pipe a video file into it, or give a path")
     limit = EngineConfig().replace(**args.settings).video.max_download_bytes
@@ -181,23 +214,23 @@ def _source(args: argparse.Namespace) -> str | bytes:
 
 
 def _print_json(content: object) -> None:
-    print(json.dumps(content))
+    print(json.dumps(content, allow_nan=False))
 
 
 def _describe(args: argparse.Namespace, status: Status) -> int:
-    source, model = _source(args), load(args, status)
+    (source, prompt), model = _asked(args), load(args, status)
     from specvlm.explain import explain
 
-    request = model.request(source, args.prompt)
+    request = model.request(source, prompt)
     request.seconds.on_stage = status.stages()
     if args.json:
         generation = model.generate_request(request)
-        _print_json(generation.to_dict())
+        _print_json(generation.to_dict(has_decisions=args.explain))
     else:
         with _text_on_stdout(status) as write:
             generation = model.generate_request(request, write)
     status.clear()
-    if args.explain:
+    if args.explain and not args.json:
         print(explain(generation.decisions), file=sys.stderr)
     if args.stats:
         print(_account(generation), file=sys.stderr)
@@ -246,12 +279,12 @@ def _account(generation: Generation) -> str:
 
 
 def _compare(args: argparse.Namespace, status: Status) -> int:
-    source, model = _source(args), load(args, status)
+    (source, prompt), model = _asked(args), load(args, status)
     if args.ties:
-        return _ties(args, status, source, model)
+        return _ties(args, status, model.load(source, prompt), model)
     from specvlm.compare import compare
 
-    comparison = compare(model, source, args.prompt, watch=status.stages)
+    comparison = compare(model, source, prompt, watch=status.stages)
     status.clear()
     if args.json:
         _print_json(comparison.to_dict())
@@ -260,10 +293,10 @@ def _compare(args: argparse.Namespace, status: Status) -> int:
     return 0 if comparison.is_identical else 1
 
 
-def _ties(args: argparse.Namespace, status: Status, source: str | bytes, model: SpecVLM) -> int:
+def _ties(args: argparse.Namespace, status: Status, question: Request, model: SpecVLM) -> int:
     from specvlm.ties import ties
 
-    found = ties(model, source, args.prompt, watch=status.stages)
+    found = ties(model, question, watch=status.stages)
     status.clear()
     if args.json:
         _print_json(found.to_dict())
@@ -293,19 +326,22 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
             with memory_errors():
                 proof = lossless.verify(model, source, prompt, name=name, watch=status.stages, **settings)
         except (MediaError, CapacityError) as error:  # the others are proved all the same
-            proof = lossless.Proof(name, 0, (), one_line(error))
+            told = error.on_command_line() if isinstance(error, Advice) else one_line(error)
+            proof = lossless.Proof(name, 0, (), told)
         proofs.append(proof)
         status.clear()
         if not args.json:
             print(proofs[-1].text(), flush=True)
-    is_lossless = all(proof.is_lossless for proof in proofs)
+    failed = sum(proof.failure is not None for proof in proofs)
+    differ = sum(proof.failure is None and not proof.is_lossless for proof in proofs)
+    dtype, verdict = model.models["dtype"], "NO" if differ else "yes" if failed < len(proofs) else "unknown"
     if args.json:
-        _print_json({"lossless": is_lossless, "dtype": model.models["dtype"], "proofs": [p.to_dict() for p in proofs]})
+        counts = {"lossless": {"NO": False, "yes": True}.get(verdict), "not_answered": failed}
+        _print_json({**counts, "dtype": dtype, "proofs": [proof.to_dict() for proof in proofs]})
     else:
-        failed = sum(proof.failure is not None for proof in proofs)
         told = f", {failed} not answered" if failed else ""
-        print(f"lossless ({model.models['dtype']}): {'yes' if is_lossless else 'NO'}, {len(proofs)} questions{told}")
-    return 0 if is_lossless else 1
+        print(f"lossless ({dtype}): {verdict}, {len(proofs) - failed} of {len(proofs)} questions{told}")
+    return 1 if differ else 2 if failed else 0
 
 
 def _report(args: argparse.Namespace, status: Status) -> int:
@@ -318,10 +354,13 @@ def _report(args: argparse.Namespace, status: Status) -> int:
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:
-    source, model = _source(args), load(args, status)
+    source, prompt = _asked(args)
+    if isinstance(source, list):
+        raise ConfigError(f"{len(source)} videos cannot be drawn at once: give one, and the question with -p")
+    model = load(args, status)
     from specvlm.inspect import inspect
 
-    found = inspect(model, source, args.prompt, watch=status.stages())
+    found = inspect(model, source, prompt, watch=status.stages())
     status.show("drawing...")
     found.save(args.output)
     status.clear()

@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm import costs, media, prune, sources, tree, verify
+from specvlm import costs, effects, media, prune, sources, tree, verify
 from specvlm import draft as drafting
 from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
@@ -341,7 +341,7 @@ class SpecVLM:
         Raises:
             SpecVLMError: a setting, a file or a model is at fault; the message names it and the remedy.
         """
-        return self.stream_request(self.request(source, prompt, **settings))
+        return self.stream_request(self._told(self.request(source, prompt, **settings), settings))
 
     def stream_request(self, request: Request, start: Prefilled | None = None) -> Iterator[Chunk]:
         """Yield the text of a request, which holds the account of the run afterwards.
@@ -365,7 +365,29 @@ class SpecVLM:
 
     def generate(self, source: Any, prompt: str | None = None, **settings: Any) -> Generation:
         """Return the whole answer with its account. Arguments and errors are those of `stream`."""
-        return self.generate_request(self.request(source, prompt, **settings))
+        return self.generate_request(self._told(self.request(source, prompt, **settings), settings))
+
+    def _told(self, request: Request, given: Collection[str]) -> Request:
+        """Warn of settings of the call that belong to another drafter."""
+        mistaken = [name for name in given if name in ("refresh", "lookup_tokens")]
+        for problem in self.without_effect(mistaken, request.config):
+            warnings.warn(problem, effects.SettingWarning, stacklevel=3)
+        return request
+
+    def without_effect(
+        self, given: Collection[str], config: EngineConfig | None = None, *, is_drawn: bool = False
+    ) -> list[str]:
+        """Return a line for each setting that was given, by name, and is not read beside the others.
+
+        Args:
+            given: the names.
+            config: what is in force; None is the model's own.
+            is_drawn: whether what the pruner keeps is drawn, whoever drafts.
+        """
+        config = config or self.config
+        found = drafting.kind(config.draft, self.draft)
+        drafter = "none" if found is drafting.NoDrafter else config.draft.drafter
+        return effects.without_effect(config, given, drafter, prunes=is_drawn or found.prunes)
 
     def generate_request(
         self,

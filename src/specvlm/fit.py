@@ -81,7 +81,13 @@ def _search(family: Family, prompted: Prompted, room: int, whole: Size) -> dict[
         return {"num_frames": count}
     pixels = _largest(_LEAST_PIXELS, max(whole.frame_pixels), lambda most: fits(few | {"max_pixels": most}))
     if pixels:
-        return few | {"max_pixels": pixels}
+        size = prompted.thinned(**few, max_pixels=pixels).size(family)
+        rounder = few | {"max_pixels": max(size.frame_pixels)}  # what the frames have then, where that says the same
+        return (
+            rounder
+            if fits(rounder) and prompted.thinned(**rounder).size(family) == size
+            else few | {"max_pixels": pixels}
+        )
     return {"num_frames": count} if count else {}
 
 
@@ -124,10 +130,10 @@ def _refusal(problem: str, settings: dict[str, int], room: int, has_video: bool)
     if room >= 1:
         advised["max_new_tokens"] = room
         remedies.append("ask for fewer new tokens ({max_new_tokens} would fit)")
-    elif not has_video:
-        remedies.append(f"shorten the text by {1 - room} tokens or more")
-    if not remedies:
-        remedies.append("ask for fewer new tokens, shorten the text or read less of the video")
+    elif not settings:
+        remedies.append("shorten the text" if has_video else f"shorten the text by {1 - room} tokens or more")
+    if has_video and not settings:
+        problem += " (fewer frames alone would not do)"
     return CapacityError(f"{problem}: {', or '.join(remedies)}", **advised)
 
 

@@ -6,11 +6,15 @@ Nothing here imports torch or transformers before a model is loaded, so that hel
 from __future__ import annotations
 
 import argparse
+import hashlib
+import runpy
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
+from specvlm import console
 from specvlm.config import EngineConfig, kind_of
 from specvlm.errors import ConfigError
 from specvlm.status import Status
@@ -32,6 +36,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError."""
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help, and let an error of writing be told: argparse swallows it."""
+        print(message, end="", file=file or sys.stderr)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Leave the program, after `--help` or `--version`."""
@@ -100,6 +108,30 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """Add the files of the user's own to run first; see `run_files`."""
+    text = "Python file that registers pruners or drafters of your own; may be repeated"
+    parser.add_argument("--load", metavar="FILE.py", action="append", default=[], help=text)
+
+
+def run_files(files: Sequence[str]) -> dict[str, str]:
+    """Run Python files for what they register; return their checksums.
+
+    Raises:
+        ConfigError: one cannot be read, or fails.
+    """
+    checksums = {}
+    for file in files:
+        try:
+            checksums[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            runpy.run_path(file)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read ({error.strerror}): check the path") from error
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{file} failed ({type(error).__name__}: {error}): mend it") from error
+    return checksums
+
+
 def load(args: argparse.Namespace, status: Status) -> SpecVLM:
     """Load the models that the options name, and no draft where none is used."""
     options = {name: getattr(args, name) for name in MODEL_OPTIONS if hasattr(args, name)}
@@ -108,9 +140,14 @@ def load(args: argparse.Namespace, status: Status) -> SpecVLM:
         raise ConfigError(f"draft={options['draft']!r} is not allowed with --no-draft: leave one of them out")
     from specvlm.engine import SpecVLM, bundled
 
+    console.raise_on_signals()
+    run_files(args.load)
     if args.command == "inspect":
         options.setdefault("target", bundled("target"))
-    return SpecVLM.from_pretrained(**options, **args.settings, watch=status.show)
+    model = SpecVLM.from_pretrained(**options, **args.settings, watch=status.show)
+    for problem in model.without_effect(args.settings, is_drawn=args.command == "inspect"):
+        status.warn(problem)
+    return model
 
 
 def numbers(args: argparse.Namespace, name: str, kind: type[Any]) -> tuple[Any, ...]:

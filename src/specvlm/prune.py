@@ -39,9 +39,14 @@ def pruner(name: str, *, scored: bool = True) -> Callable[[Pruner], Pruner]:
     return add
 
 
+def reads_scores(name: str) -> bool:
+    """Whether the pruner of that name reads the target's attention."""
+    return name in _SCORED
+
+
 def needs_scores(config: PruneConfig) -> bool:
     """Whether this config's pruner reads the target's attention."""
-    return config.pruner in _SCORED and not keeps_all(config)
+    return reads_scores(config.pruner) and not keeps_all(config)
 
 
 def get(name: str) -> Pruner:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specvlm.errors import ConfigError
-from specvlm.families.messages import Message, clean
+
+if TYPE_CHECKING:
+    from specvlm.families import Message
 
 DEFAULT_PROMPT = "Describe the video in detail."
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".jfif")
@@ -94,6 +96,8 @@ def looks_like_media(word: str) -> bool:
 
 def name_of(source: Any) -> str:
     """Return what a source is called in an account; URLs without what may be secret in them."""
+    from specvlm.families import clean
+
     if isinstance(source, str | os.PathLike):
         path = clean(str(os.fspath(source)))
         if path.startswith("data:"):

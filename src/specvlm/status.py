@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from specvlm.errors import Advice
+
 STAGES = {
     "read": "reading the video",
     "encode": "encoding the frames",
@@ -40,20 +42,20 @@ class Status:
         """Put this on the line."""
         text = text[:79]
         if self._is_live and text != self._shown:
-            print(f"\r{text.ljust(len(self._shown))}", end="", file=sys.stderr, flush=True)
+            _write(f"\r{text.ljust(len(self._shown))}")
             self._shown = text
 
     def progress(self, text: str) -> None:
         """Put this on the line; where there is none, write it once a minute, for logs."""
         self.show(text)
         if not (self._is_live or self.is_quiet) and time.monotonic() - self._told >= 60:
-            print(f"specvlm: {text}", file=sys.stderr, flush=True)
+            _write(f"specvlm: {text}\n")
             self._told = time.monotonic()
 
     def clear(self) -> None:
         """Empty the line, before something else is written."""
         if self._shown:
-            print(f"\r{' ' * len(self._shown)}\r", end="", file=sys.stderr, flush=True)
+            _write(f"\r{' ' * len(self._shown)}\r")
             self._shown = ""
 
     def close(self) -> None:
@@ -69,7 +71,13 @@ class Status:
         """Write a warning on a line of its own."""
         if not self.is_quiet:
             self.clear()
-            print(f"specvlm: warning: {' '.join(text.split())}", file=sys.stderr)
+            _write(f"specvlm: warning: {' '.join(text.split())}\n")
+
+
+def _write(text: str) -> None:
+    """Write to stderr; what it cannot take is lost, and the answer goes on."""
+    with suppress(OSError, ValueError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def quiet_libraries(status: Status) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if category.__module__.startswith("specvlm."):
-            status.warn(str(message))
+            status.warn(message.on_command_line() if isinstance(message, Advice) else str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

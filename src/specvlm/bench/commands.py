@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from specvlm import console
 from specvlm.bench import style
 from specvlm.errors import ConfigError
-from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_settings, numbers, read_data
+from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_settings, numbers, read_data, run_files
 from specvlm.status import Status
 
 
@@ -106,7 +105,7 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
 
     if not args.no_report:
         style.require_matplotlib("a report needs", ", or leave it out: --no-report")  # before anything is measured
-    loaded = {file: _run_file(file) for file in args.load}
+    loaded = run_files(args.load)
     preset = presets.preset(args.preset) if args.preset else None
     defaults = {"data": preset.data, "ask": preset.ask} if preset else {}
     data = read_data(args, status, **defaults)
@@ -117,6 +116,7 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     from specvlm.bench import quality
     from specvlm.engine import SpecVLM
 
+    console.raise_on_signals()
     options = {name: getattr(args, name) for name in MODEL_OPTIONS if hasattr(args, name)}
     protocol = quality.Protocol(methods, shared, args.seed_order, not args.untimed, args.overlays, loaded)
     model = SpecVLM.from_pretrained(**options, watch=status.show)
@@ -145,19 +145,6 @@ def _methods(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[s
             raise ConfigError(f"method {name!r} is named twice: give it another name")
         found[name] = methods.written(name, own, tree)
     return found, shared
-
-
-def _run_file(file: str) -> str:
-    """Run a Python file for what it registers; return its checksum.
-
-    Raises:
-        ConfigError: it cannot be read, or fails.
-    """
-    try:
-        runpy.run_path(file)
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{file} failed ({type(error).__name__}: {error}): mend it") from error
 
 
 def _bench_speed(args: argparse.Namespace, status: Status) -> int:
@@ -194,6 +181,8 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
     given |= {"planted_drafts": ()} if args.target else {}
     counts, ratios = (numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
     from specvlm.bench import published, runner, speed, subjects
+
+    console.raise_on_signals()
     from specvlm.model import resolve_device, resolve_dtype
 
     sweep = speed.Sweep(counts, ratios, **given)

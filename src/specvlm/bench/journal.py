@@ -25,7 +25,7 @@ from specvlm.errors import ConfigError
 
 NAME = "answers.jsonl"
 PLAIN = "plain"  # the method that every other is compared with
-_FREE = ("kind", "command", "started")  # what a restart may have otherwise
+_FREE = ("kind", "command", "started", "num_overlays")  # what a restart may have otherwise: no answer depends on it
 
 Line = dict[str, Any]
 
