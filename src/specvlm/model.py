@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.utils import logging as hf_logging
+from transformers import GenerationConfig
 
 from specvlm import attention, tree
+from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.decoder import Decoder, Weight, is_supported
-from specvlm.errors import CapacityError, ConfigError, UnsupportedModel
-from specvlm.families import Family, Inputs, Prompt, family_for
+from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.families import Family, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
 from specvlm.rules import Rules
@@ -83,19 +82,13 @@ class VideoLM:
         name = os.fspath(name)
         place = resolve_device(device)
         number = resolve_dtype(dtype, place)
-        family_type = family_for(_model_type(name))
-        directory = _directory(name)
-        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        placed = {} if place.type == "cpu" else {"device_map": {"": place}}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            with _progress(name, directory, place, watch):
-                hf: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=number, **placed)
-            return cls(hf, family_type(directory, hf.config, tokenizer), name=name)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"cannot load {name}: {_first_line(error)}") from error
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(f"{name} does not fit on {place}: {_first_line(error)}") from error
+        with refusals(name, place):
+            checkpoint = Checkpoint.open(name)
+            family = checkpoint.family(checkpoint.directory, checkpoint.config, checkpoint.tokenizer)
+            checkpoint.fetch()
+            with _progress(name, checkpoint.directory, place, watch):
+                hf = checkpoint.read(place, number)
+            return cls(hf, family, name=name)
 
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Prompt:
@@ -330,30 +323,6 @@ def _progress(name: str, directory: str, place: torch.device, watch: Callable[[s
     finally:
         is_done.set()
         thread.join()
-
-
-def _directory(name: str) -> str:
-    """Return the folder with a checkpoint's processor files; a hub id's are fetched or found in the cache."""
-    if os.path.isdir(name):
-        return name
-    try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.jinja"])
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot fetch the processor files of {name}: {_first_line(error)}") from error
-
-
-def _model_type(name: str) -> str:
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id
-        raise UnsupportedModel(f"there is no directory {name}: give a Hugging Face directory or hub id")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(
-            f"cannot read a model at {name}: {_first_line(error)}; give a Hugging Face directory or hub id"
-        ) from error
-    if "model_type" not in config:
-        raise UnsupportedModel(f"{name} has no config.json with a model_type: give a Hugging Face directory or hub id")
-    return str(config["model_type"])
 
 
 def _eos_ids(hf: Any, tokenizer: Any, name: str) -> frozenset[int]:
