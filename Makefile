@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CLIP := src/specvlm/bundled/clips/example.mp4
 
-.PHONY: demo test lint report studies clean
+.PHONY: demo test lint report studies plots clean
 
 # torch comes first and pinned: left to itself, pip takes a build with several gigabytes of GPU packages
 .venv/demo: pyproject.toml
@@ -50,6 +50,13 @@ report: .venv/report
 # what docs/studies.md teaches, measured again into build/studies; about an hour on one core
 studies: .venv/report
 	BIN=$(BIN) bash results/cpu/studies/run.sh build/studies
+
+# every plot of docs/plots, from the data in results/
+plots: .venv/report
+	$(BIN)/specvlm bench speed --plots docs/plots --from results/h200/speed-32b.jsonl results/h200/drafts-32b-quant.jsonl \
+	  results/h200/speed-small.jsonl results/h200/drafts-qwen3.jsonl results/h200/drafts-llava.jsonl >/dev/null
+	$(BIN)/specvlm report results/cpu/studies/pruners -o build/pruners >/dev/null
+	cp build/pruners/plots/mat-over-keep-ratio.png docs/plots/pruners-mat.png
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -444,6 +444,25 @@ def test_methods_that_differ_in_more_than_pruner_and_ratio_are_apart(tmp_path):
     assert found["drafter model"]["uniform", 0.05] == "uniform@0.05"
 
 
+def test_points_of_one_keep_ratio_stand_at_one_place(tmp_path):
+    [run] = loaded(runs.run(tmp_path, runs.METHODS, 12))
+    axes = figures.keep_ratios(run).figure.axes[0]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in axes.lines if line.get_label() in runs.PRUNERS}
+    assert set(map(tuple, lines.values())) == {(0, 1, 2)}
+    assert set(lines) == set(runs.PRUNERS)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["5%", "10%", "50%"]
+    assert axes.get_ylabel() == "drafted tokens accepted a round (MAT)"
+
+
+def test_an_interval_alone_is_seen(tmp_path):
+    methods = {name: runs.METHODS[name] for name in ("plain", "verifier@0.1", "uniform@0.1")}
+    [run] = loaded(runs.run(tmp_path, methods, 12))
+    axes = figures.keep_ratios(run).figure.axes[0]
+    ends = [collection.get_segments()[0][:, 1] for collection in axes.collections]
+    mats = [tables.mat(run, name) for name in ("verifier@0.1", "uniform@0.1")]
+    assert [tuple(found) for found in ends] == [(one.low, one.high) for one in mats]
+
+
 def test_bins_of_visual_tokens():
     assert figures._bins([64, 64, 128]) == [(64, 128, 64), (128, float("inf"), 128)]
     bins = figures._bins(list(range(100, 220)))
@@ -507,6 +526,17 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(tmp_path):
     assert found.tags.count("img") == 2 + 1
 
 
+def test_plots_stand_before_tables(tmp_path):
+    directories = [runs.run(tmp_path / name, runs.METHODS, 6) for name in ("one", "two")]
+    text = build(directories, tmp_path / "out").paths[0].read_text()
+    *of_runs, compared = [Page(section.split("</section>")[0]).tags for section in text.split("<section ")[1:]]
+    for tags in of_runs:
+        found = [tag for tag in tags if tag in ("svg", "table", "dl", "details")]
+        assert found == sorted(found, key=["svg", "table", "dl", "details"].index)
+        assert len(set(found)) == 4
+    assert {"table", "svg"} & set(compared) == {"table"}
+
+
 def test_everything_is_escaped(tmp_path):
     bad = "<script>alert(1)</script> & \"quotes\" 'too' {{ 1 + 1 }}"
     methods = {"plain": {}, bad: {"drafter": "model", bad: bad}}
@@ -566,12 +596,20 @@ def test_the_page_in_a_browser(tmp_path):
     directories = [runs.run(tmp_path / "one", runs.METHODS, 6), runs.run(tmp_path / "two", runs.FEW, 6)]
     report = build(directories, tmp_path / "out").paths[0]
     with browser.started(tmp_path / "profile") as opened:
-        for width, dark in ((1280, False), (1280, True), (400, False)):
+        for width, dark in ((1280, False), (1280, True), (400, False), (2200, False)):
             opened.open(report, width, dark=dark)
             assert opened.logs == []
             assert {url.split(":")[0] for url in opened.asked} == {"file", "data"}
             assert {url for url in opened.asked if url.startswith("file")} == {report.as_uri()}
             assert opened.value("document.documentElement.scrollWidth") <= width
+            assert opened.value("document.querySelector('main').getBoundingClientRect().width") > width - 20
+            plots = opened.value(
+                "[...document.querySelectorAll('#run-1 .plots svg')].map(plot => "
+                "plot.getBoundingClientRect()).map(place => [place.left, place.top, place.right])"
+            )
+            columns = {left for left, _, _ in plots}
+            assert len(columns) == {400: 1, 1280: 2, 2200: 3}[width]
+            assert max(right for _, _, right in plots) > 0.95 * width
             assert opened.value("[...document.images].every(image => image.naturalWidth > 0)")
         # the same page with something from outside is told apart
         report.write_text(report.read_text().replace("<main>", '<main><img src="http://example.org/x.png">'))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import weakref
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -850,15 +852,109 @@ def test_results_of_before_drafts_had_bits_can_be_read(name):
     assert "| paper keep 0.1 |" in summary.table(summary.read([str(file)]))
 
 
-@pytest.mark.parametrize(
-    "lines", [LINES, LINES[::2], [*LINES, chosen("fp8")]], ids=["several lengths", "one", "chosen"]
-)
-def test_plots_are_written(tmp_path, lines):
+def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     failed = line("tree", 128, 1.0, "paper") | {"ms_per_token": None, "error": "x"}
-    files = plots.draw([*lines, failed], str(tmp_path / "plots"))
+    files = plots.draw([*LINES[::2], failed], str(tmp_path / "plots"))
     assert [file.name for file in files] == ["a-b-speed.png", "a-b-stages.png", "a-b-steps.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def committed():
+    """Return the lines that `make plots` draws, and what it calls the plots."""
+    root = Path(__file__).parents[1]
+    command = re.search(r"^plots:.*?\n\n", (root / "Makefile").read_text(), re.M | re.S)[0]
+    names = re.findall(r"results/h200/[\w.-]+\.jsonl", command)
+    return summary.read([str(root / name) for name in names]), re.findall(r"docs/plots/([\w.-]+)", command)
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draw without writing; return the figures by the names of their files."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def draw(lines):
+        found = {}
+        monkeypatch.setattr(figure, "savefig", lambda self, file, **options: found.setdefault(file.name, self))
+        plots.draw(lines, str(tmp_path))
+        return found
+
+    return draw
+
+
+def shown(axes):
+    """Return the bars of a panel, (name, length) from the top, and their texts."""
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    lengths = [round(bar.get_width(), 2) for bar in axes.patches]
+    return list(zip(names, lengths, strict=True)), [text.get_text().split() for text in axes.texts]
+
+
+def test_one_command_makes_every_committed_plot_and_the_headline_is_sorted_in_words_and_cut(drawn):
+    lines, copied = committed()
+    found = drawn(lines)
+    assert {*found, *copied} == {file.name for file in (Path(__file__).parents[1] / "docs/plots").iterdir()}
+    [axes] = found["qwen2.5-vl-32b-7b-speed.png"].axes
+    bars, texts = shown(axes)
+    assert bars[0] == ("specvlm: chosen trees, int4 draft", 7.55)
+    assert texts[0] == ["7.55", "(2.32x)"]  # over plain decoding of the same run, 17.49
+    assert texts[-1] == ["146.6", "(0.12x)"]
+    lengths = [length for _, length in bars]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == pytest.approx(1.15 * 43.56, abs=0.01)
+    assert axes.get_xlim()[1] < 70
+    cuts = [mark for mark in axes.lines if mark.get_gid() == "cut"]
+    assert [round(float(np.mean(mark.get_ydata()))) for mark in cuts] == [len(bars) - 1] * 2
+    names = [name for name, _ in bars]
+    assert len(set(names)) == len(names)
+    assert {"specvlm: plain decoding", "specvlm: the paper's tree", "vLLM, language model alone"} < set(names)
+    assert not [name for name in names if re.search(r"auto|vllm-|-eager|-static|-assisted|keep 0|hopeless", name)]
+
+
+def test_nothing_is_cut_where_bars_can_be_compared(drawn):
+    lines = [line("plain", 64, 4.0), line("tree", 64, 2.0, "paper"), line("transformers-eager", 64, 19.0)]
+    [axes] = drawn(lines)["a-b-speed.png"].axes
+    assert [length for _, length in shown(axes)[0]] == [2.0, 4.0, 19.0]
+    assert not axes.lines
+
+
+def test_two_lengths_have_a_panel_each_and_more_are_lines(drawn):
+    figure = drawn(LINES)["a-b-speed.png"]
+    assert [axes.get_title() for axes in figure.axes] == ["64 visual tokens", "128 visual tokens"]
+    assert [shown(axes)[0] for axes in figure.axes] == [
+        [("specvlm: the paper's tree", 2.0), ("specvlm: plain decoding", 4.0)],
+        [("specvlm: plain decoding", 5.0)],
+    ]
+    times, gains = drawn([*LINES, line("plain", 256, 6.0)])["a-b-speed.png"].axes
+    assert times.lines[0].get_xdata().tolist() == [64, 128, 256]
+    assert gains.lines[1].get_ydata().tolist() == [2.0]
+
+
+def test_keep_ratios_are_named_where_they_differ(drawn):
+    other = line("tree", 64, 3.0, "paper") | {"keep_ratio": 0.25}
+    [axes] = drawn([*LINES[::2], other])["a-b-speed.png"].axes
+    assert [name for name, _ in shown(axes)[0]] == [
+        "specvlm: the paper's tree, 10% of the video",
+        "specvlm: the paper's tree, 25% of the video",
+        "specvlm: plain decoding",
+    ]
+
+
+def test_speedup_is_over_plain_decoding_of_the_same_run():
+    run = {"provenance": {"gpu": None, "read_gb_s": 10.0, "command": "y"}}
+    lines = [*LINES, line("plain", 64, 8.0) | run, line("auto", 64, 2.0) | run]
+    assert [summary.speedup(one, lines) for one in lines] == [1.0, 1.0, 2.0, 1.0, 4.0]
+    assert summary.table(lines).startswith("CPU, 10 GB/s read. Made by `x`.\n\nCPU, 10 GB/s read. Made by `y`.\n")
+
+
+def test_stages_are_in_the_order_of_time(drawn):
+    lines = [line("vllm-plain", 64, 5.0) | {"ttft_s": {"prefill": 0.5}}, LINES[0]]
+    figure = drawn([*lines, chosen("fp8")])["a-b-stages.png"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["read the video", "prefill"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "vLLM, language model alone",
+        "specvlm: plain decoding",
+        "specvlm: chosen trees, fp8 draft",
+    ]
 
 
 def test_plots_without_matplotlib_are_refused_before_anything_is_measured(capsys, monkeypatch):

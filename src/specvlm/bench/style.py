@@ -12,7 +12,7 @@ from specvlm.errors import ConfigError
 # apart (CIE76) or more, also as the colour-blind see them.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c643c", "#b4b450")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INK, PALE = "#222222", "#d8d8d8"
+INK, PALE, GREY = "#222222", "#d8d8d8", "#8a8f98"
 INK_ON_LIGHT, INK_ON_DARK = "#111111", "#ffffff"  # where a picture brings its own ground
 DPI = 150
 
@@ -33,11 +33,13 @@ def require_matplotlib(what: str, otherwise: str = "") -> None:
         raise ConfigError(f'{what} matplotlib: pip install "specvlm[bench]"{otherwise}') from error
 
 
-def figure(width: float, height: float, columns: int, title: str, rows: int = 1) -> tuple[Any, list[Any]]:
-    """Return a figure, in inches, and its axes, row by row."""
+def figure(
+    width: float, height: float, columns: int, title: str, rows: int = 1, heights: Sequence[float] | None = None
+) -> tuple[Any, list[Any]]:
+    """Return a figure, in inches, and its axes, row by row; `heights` are the shares of its rows."""
     drawn = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     drawn.suptitle(title, color=INK)
-    found = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    found = list(drawn.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
     for axes in found:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="both", color=PALE, linewidth=0.6)
@@ -45,12 +47,14 @@ def figure(width: float, height: float, columns: int, title: str, rows: int = 1)
     return drawn, found
 
 
-def bars(title: str, count: int) -> tuple[Any, Any]:
-    """Return a figure and its axes for `count` horizontal bars, the first one on top."""
-    drawn, [axes] = figure(9, 1.6 + 0.32 * count, 1, title)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    return drawn, axes
+def bars(title: str, *counts: int) -> tuple[Any, list[Any]]:
+    """Return a figure and the axes of its panels, for so many horizontal bars each, the first one on top."""
+    heights = [1.0 + 0.32 * count for count in counts]
+    drawn, panels = figure(9, 0.6 + sum(heights), 1, title, len(counts), heights)
+    for axes in panels:
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+    return drawn, panels
 
 
 def stacked(axes: Any, parts: Mapping[str, Sequence[float]]) -> None:

@@ -55,13 +55,67 @@ def label(line: Line) -> str:
     return " ".join(parts)
 
 
+_WORDS = {
+    "plain": "plain decoding",
+    "auto": "chosen trees",
+    "self": "the target drafts for itself",
+    "lookup": "prompt lookup",
+    "vllm-plain": "vLLM, language model alone",
+    "transformers-eager": "transformers generate()",
+    "transformers-static": "transformers, compiled, static cache",
+    "transformers-assisted": "transformers, assisted by the draft",
+}
+_TREES = {"paper": "the paper's tree"}
+
+
+def words(line: Line, *, keep_ratio: bool) -> str:
+    """Return what a line measured in words for who does not know the names of methods.
+
+    Args:
+        line: a measurement.
+        keep_ratio: say how much of the video the draft saw.
+    """
+    tree: str | None = line["tree"]
+    name = str(_WORDS.get(line["method"], line["method"]))
+    if tree is not None:
+        name = f"a chain of {tree.removeprefix('chain:')}" if tree.startswith("chain:") else _TREES.get(tree, tree)
+    parts = [name if is_peer(line) else f"specvlm: {name}"]
+    if line.get("draft_quant") not in (None, "none"):
+        parts.append(f"{line['draft_quant']} draft" if line.get("drafter") != "self" else line["draft_quant"])
+    if keep_ratio and line["keep_ratio"] is not None:
+        parts.append(f"{100 * line['keep_ratio']:.4g}% of the video")
+    return ", ".join(parts)
+
+
+def is_peer(line: Line) -> bool:
+    """Return whether another engine was measured."""
+    return str(line["method"]).startswith(("vllm", "transformers"))
+
+
+def compared(lines: Sequence[Line]) -> list[Line]:
+    """Return the measurements that a plot sets beside each other: each method, length and setting once, the first.
+
+    Planted drafts that are no good at times are left out: what they cost is a question of its own, and in the table.
+    """
+    usual = [line for line in measured(lines) if line.get("planted_draft") in _USUAL_DRAFTS]
+    first = {(*_place(line), words(line, keep_ratio=True)): line for line in reversed(usual)}
+    return [line for line in usual if any(line is one for one in first.values())]
+
+
 def speedup(line: Line, lines: Sequence[Line]) -> float | None:
-    """Return how many times faster a token is than by plain decoding of the same pair and length, None without it."""
-    for other in measured(lines):
-        same = other["pair"] == line["pair"] and other["visual_tokens"] == line["visual_tokens"]
-        if same and other["method"] == "plain":
-            return float(other["ms_per_token"]["median"] / line["ms_per_token"]["median"])
+    """Return how many times faster a token is than by plain decoding of the same pair and length, None without it.
+
+    Where several runs are looked at, it is plain decoding of the same run that counts.
+    """
+    same = [other for other in measured(lines) if other["method"] == "plain" and _place(other) == _place(line)]
+    own = [other for other in same if other["provenance"] == line["provenance"]]
+    for other in (own or same)[:1]:
+        return float(other["ms_per_token"]["median"] / line["ms_per_token"]["median"])
     return None
+
+
+def _place(line: Line) -> tuple[str, int]:
+    return line["pair"], line["visual_tokens"]
 
 
 def _steps(line: Line) -> str:
@@ -117,15 +171,18 @@ def table(lines: Sequence[Line]) -> str:
     """Return a Markdown page: a table a pair and number of visual tokens, then the failures."""
     if not lines:
         return "nothing was measured\n"
-    origin = lines[0]["provenance"]
-    where = origin.get("gpu") or "CPU"
-    pages = [f"{where}, {origin['read_gb_s']:.0f} GB/s read. Made by `{origin['command']}`.\n"]
-    for pair, visual_tokens in dict.fromkeys((line["pair"], line["visual_tokens"]) for line in measured(lines)):
-        part = [line for line in measured(lines) if (line["pair"], line["visual_tokens"]) == (pair, visual_tokens)]
+    pages = [f"{text}\n" for text in dict.fromkeys(_origin(line["provenance"]) for line in lines)]
+    for pair, visual_tokens in dict.fromkeys(map(_place, measured(lines))):
+        part = [line for line in measured(lines) if _place(line) == (pair, visual_tokens)]
         pages += [f"## {pair}, {visual_tokens} visual tokens\n", _part(part), *_passes(part)]
     failures = [line for line in lines if line["ms_per_token"] is None]
     pages += [f"{line['pair']}, {line['visual_tokens']}, {label(line)}: {line.get('error')}\n" for line in failures]
     return "\n".join(pages)
+
+
+def _origin(provenance: Line) -> str:
+    where = provenance.get("gpu") or "CPU"
+    return f"{where}, {provenance['read_gb_s']:.0f} GB/s read. Made by `{provenance['command']}`."
 
 
 def _part(part: Sequence[Line]) -> str:

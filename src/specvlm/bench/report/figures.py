@@ -26,6 +26,7 @@ _STAGES = "other is what no stage accounts for. Medians of stages need not add u
 _LENGTHS = 6  # bins of visual tokens
 _VISIBLE = 0.001  # of the longest bar, below which a stage is not seen
 _REACHED = 0.25  # of the answers that must reach a place in the text
+_MAT = "drafted tokens accepted a round (MAT)"
 _BANDS = "Bands are 95 % intervals clustered by video."
 
 Points = Sequence[tuple[float, Estimate]]
@@ -64,7 +65,7 @@ def keep_ratios(results: Results) -> Drawing:
         return Drawing(slug, title, "No two methods differ in nothing but pruner and keep ratio.", None)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    drawn, axes = style.figure(2.5 + 4.2 * columns, 0.6 + 3.6 * rows, columns, title, rows)
+    drawn, axes = style.figure(max(9, 2.5 + 4.2 * columns), 0.6 + 3.6 * rows, columns, title, rows)
     pruners = list(dict.fromkeys(pruner for panel in panels.values() for pruner, _ in panel))
     for one, (name, panel) in zip(axes, panels.items(), strict=False):
         mats = {key: found for key, method in panel.items() if (found := mat(results, method))}
@@ -74,7 +75,7 @@ def keep_ratios(results: Results) -> Drawing:
         spare.set_visible(False)
     handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
     drawn.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
-    note = "Bars are 95 % intervals clustered by video; the dashed line is the draft that sees every visual token."
+    note = f"{_BANDS} The dashed line is the draft that sees every visual token."
     return Drawing(slug, title, note, drawn)
 
 
@@ -101,22 +102,15 @@ def _keep_ratios(axes: Any, pruners: Sequence[str], mats: Mapping[tuple[str, flo
     ratios = sorted({ratio for pruner, ratio in mats if pruner != "none"})
     shown = [pruner for pruner in pruners if pruner != "none"]
     for place, pruner in enumerate(shown):
-        mine = [ratio for ratio in ratios if (pruner, ratio) in mats]
-        aside = 0.06 * (place - (len(shown) - 1) / 2)  # so that bars do not cover each other
+        mine = [(at, mats[pruner, ratio]) for at, ratio in enumerate(ratios) if (pruner, ratio) in mats]
         if mine:
-            at = [ratios.index(ratio) + aside for ratio in mine]
-            _interval_bars(axes, at, [mats[pruner, ratio] for ratio in mine], style.line(place) | {"label": pruner})
+            _line(axes, mine, style.line(place) | {"label": pruner}, _opacity(len(shown)))
     if ("none", 1.0) in mats:
         axes.axhline(mats["none", 1.0].value, color=style.INK, linestyle="--", linewidth=1, label="unpruned")
-    axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-    axes.set(xlabel="share of the visual tokens kept", ylabel="MAT")
-
-
-def _interval_bars(axes: Any, x: Sequence[float], estimates: Sequence[Estimate], look: Mapping[str, Any]) -> None:
-    values = [one.value for one in estimates]
-    below = [one.value - (one.value if one.low is None else one.low) for one in estimates]
-    above = [(one.value if one.high is None else one.high) - one.value for one in estimates]
-    axes.errorbar(x, values, yerr=[np.maximum(below, 0), np.maximum(above, 0)], capsize=2, elinewidth=0.8, **look)
+    axes.set_xticks(
+        range(len(ratios)), [f"{ratio:.0%}" if (100 * ratio).is_integer() else f"{ratio:.1%}" for ratio in ratios]
+    )
+    axes.set(xlabel="share of the visual tokens kept", ylabel=_MAT)
 
 
 # Speedup over visual tokens
@@ -263,7 +257,7 @@ def stages(results: Results) -> Drawing:
     medians = {name: [statistics.median(one.get(name, 0.0) for one in seconds) for seconds in split.values()]
                for name in names}  # fmt: skip
     longest = max(statistics.median(one["total"] for one in seconds) for seconds in timed.values())
-    drawn, axes = style.bars(title, len(split))
+    drawn, [axes] = style.bars(title, len(split))
     style.stacked(axes, {name: lengths for name, lengths in medians.items() if max(lengths) > _VISIBLE * longest})
     axes.set_yticks(range(len(split)), list(split), fontsize=8)
     axes.set_xlabel("seconds")
@@ -293,7 +287,7 @@ def by_sample(results: Results) -> Drawing:
     x, note = "samples, by their mean over methods", "Each sample is in the same place for all methods."
     if len(series) > _LINES:
         return Drawing(slug, title, note, _heat(title, x, series, ".1f", "{:.0f}"))
-    drawn, axes = _lines(title, x, "MAT", series, linestyle="")
+    drawn, axes = _lines(title, x, _MAT, series, linestyle="")
     ends = [(min(mine.values()), max(mine.values())) for mine in mats]
     axes.vlines(range(1, len(mats) + 1), *zip(*ends, strict=True), color=style.PALE, linewidth=2, zorder=1)
     axes.set_ylim(0, None)
@@ -306,16 +300,26 @@ def by_sample(results: Results) -> Drawing:
 def _lines(title: str, x: str, y: str, series: Mapping[str, Points], **changes: Any) -> tuple[Any, Any]:
     """Return a figure and its axes, with a line a method, its look changed, and a band where there are intervals."""
     drawn, [axes] = style.figure(9, 4.2, 1, title)
-    opacity = 0.4 / (len(series) + 1)
     for place, (method, points) in enumerate(series.items()):
-        look = style.line(place) | changes
-        axes.plot([at for at, _ in points], [one.value for _, one in points], label=method, **look)
-        bands = [(at, one.low, one.high) for at, one in points if one.low is not None]
-        if bands:
-            axes.fill_between(*zip(*bands, strict=True), color=look["color"], alpha=opacity, linewidth=0)
+        _line(axes, points, style.line(place) | changes | {"label": method}, _opacity(len(series)))
     axes.set(xlabel=x, ylabel=y)
     drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
     return drawn, axes
+
+
+def _opacity(count: int) -> float:
+    """Return how opaque the bands of so many lines are."""
+    return 0.4 / (count + 1)
+
+
+def _line(axes: Any, points: Points, look: Mapping[str, Any], opacity: float) -> None:
+    """Draw a line, with a band where there are intervals."""
+    axes.plot([at for at, _ in points], [one.value for _, one in points], **look)
+    bands = [(at, one.low, one.high) for at, one in points if one.low is not None]
+    if len(bands) == 1:
+        axes.vlines(*bands[0], color=look["color"], linewidth=1)
+    elif bands:
+        axes.fill_between(*zip(*bands, strict=True), color=look["color"], alpha=opacity, linewidth=0)
 
 
 def _heat(title: str, x: str, series: Mapping[str, Points], form: str, x_form: str) -> Any:
@@ -325,7 +329,7 @@ def _heat(title: str, x: str, series: Mapping[str, Points], form: str, x_form: s
     for row, points in enumerate(series.values()):
         for at, one in points:
             values[row, places.index(at)] = one.value
-    drawn, axes = style.bars(title, len(series))
+    drawn, [axes] = style.bars(title, len(series))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     mesh = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")

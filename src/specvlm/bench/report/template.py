@@ -8,16 +8,25 @@ STYLE = """
     --mark: #6b4d00; --good: #5fcf97; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 160rem; margin: 0 auto; padding: 1.5rem clamp(1rem, 2vw, 3rem) 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 2px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 a { color: var(--accent); }
 nav a { margin-right: 1rem; }
-.headline { font-size: 1.1rem; max-width: 52rem; }
+.headline { font-size: 1.1rem; max-width: 90rem; }
 .warning { border-left: 4px solid #d55e00; padding: .25rem .75rem; background: var(--card); }
-.note { color: var(--faint); font-size: .85rem; max-width: 60rem; margin: .5rem 0; }
-dl { display: grid; grid-template-columns: fit-content(35%) 1fr; gap: .15rem 1rem; font-size: .85rem; margin: .5rem 0; }
+.note { color: var(--faint); font-size: .85rem; margin: .5rem 0; }
+.notes { columns: 34rem; column-gap: 2rem; width: 0; min-width: 100%; }
+.notes .note { break-inside: avoid; margin: 0; padding: .25rem 0; }
+.plots { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
+.plots > * { min-width: 0; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.tables > * { min-width: min(100%, 24rem); max-width: 100%; }
+.tables > :first-child { flex-basis: 100%; }
+.tables > :first-child table { width: 100%; }
+dl { columns: 28rem; column-gap: 2rem; font-size: .85rem; margin: .5rem 0; }
+dl div { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: 0 1rem; break-inside: avoid; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
@@ -30,9 +39,8 @@ td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-wid
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); padding-left: 0;
   white-space: nowrap; max-width: 14rem; overflow: hidden; text-overflow: ellipsis; }
 td small { display: block; color: var(--faint); font-size: .72rem; }
-figure { margin: 1.5rem 0; }
-figure svg { display: block; min-width: 36rem; max-width: 100%; height: auto;
-  fill: currentColor; }
+figure { margin: 1rem 0; }
+figure svg { display: block; width: 100%; min-width: 30rem; height: auto; fill: currentColor; }
 figcaption { color: var(--faint); font-size: .85rem; }
 details { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .9rem; margin: .6rem 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
@@ -64,6 +72,7 @@ base-uri 'none'; form-action 'none'">
 <main>
 <h1>{{ title }}</h1>
 {%- macro table(found) %}
+<div>
 <h3>{{ found.title }}</h3>
 {%- if found.rows %}
 <div class="wide">
@@ -82,9 +91,12 @@ base-uri 'none'; form-action 'none'">
 </table>
 </div>
 {%- endif %}
+<div class="notes">
 {%- for note in found.notes %}
 <p class="note">{{ note }}</p>
 {%- endfor %}
+</div>
+</div>
 {%- endmacro %}
 {%- if runs | length > 1 %}
 <nav>
@@ -103,21 +115,25 @@ base-uri 'none'; form-action 'none'">
 {%- if run.progress %}
 <p class="warning">{{ run.progress }}</p>
 {%- endif %}
-<dl>
-{%- for name, value in run.facts %}
-<dt>{{ name }}</dt><dd>{{ value }}</dd>
+<div class="plots">
+{%- for drawing in run.drawings if drawing.svg %}
+<figure><div class="wide">{{ drawing.svg }}</div><figcaption>{{ drawing.note }}</figcaption></figure>
 {%- endfor %}
-</dl>
+</div>
+{%- for drawing in run.drawings if not drawing.svg %}
+<p class="note">{{ drawing.title }} is left out. {{ drawing.note }}</p>
+{%- endfor %}
+<div class="tables">
 {%- for found in run.tables %}
 {{- table(found) }}
 {%- endfor %}
-{%- for drawing in run.drawings %}
-{%- if drawing.svg %}
-<figure><div class="wide">{{ drawing.svg }}</div><figcaption>{{ drawing.note }}</figcaption></figure>
-{%- else %}
-<p class="note">{{ drawing.title }} is left out. {{ drawing.note }}</p>
-{%- endif %}
+</div>
+<h3>The run</h3>
+<dl>
+{%- for name, value in run.facts %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {%- endfor %}
+</dl>
 <h3>Samples</h3>
 {%- if run.samples_note %}
 <p class="note">{{ run.samples_note }}</p>
@@ -158,9 +174,11 @@ base-uri 'none'; form-action 'none'">
 {%- if comparisons %}
 <section id="compared">
 <h2>Compared</h2>
+<div class="tables">
 {%- for found in comparisons %}
 {{- table(found) }}
 {%- endfor %}
+</div>
 </section>
 {%- endif %}
 </main>
