@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from torch import Tensor
 
 BITS = 12
@@ -89,6 +90,29 @@ def make_video(
         file.mux(stream.encode(None))
         if sound is not None:
             _add_sound(file, sound, audio_seconds)
+    return path
+
+
+def make_with_still(path: Path, *, default: str, container: str | None = None) -> Path:
+    """Write a still of 200 x 200 (number 4095) as the first track and a film of 60 numbered frames as the second."""
+    with av.open(str(path), "w", format=container) as file:
+        still = file.add_stream("mjpeg", rate=25)
+        still.width = still.height = 200
+        still.pix_fmt = "yuvj420p"
+        film = file.add_stream("libx264", rate=10, options={"preset": "veryfast"})
+        film.width, film.height, film.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for stream in (still, film):
+            is_default = (stream is still) == (default == "still")
+            stream.disposition = Disposition.default if is_default else Disposition(0)
+        cover = av.VideoFrame.from_ndarray(picture(4095, 200, 200), format="rgb24").reformat(format="yuvj420p")
+        cover.pts = 0
+        file.mux(still.encode(cover))
+        file.mux(still.encode(None))
+        for index in range(60):
+            frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+            frame.pts = index
+            file.mux(film.encode(frame))
+        file.mux(film.encode(None))
     return path
 
 

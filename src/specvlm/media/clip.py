@@ -28,6 +28,7 @@ class Clip(Track):
         self.is_cut = False  # the file ends before it should
         self.is_stuck = False  # it has timestamps, but they stand still
         self._can_seek = self.is_timed
+        self._has_gap = False  # the first frames of a recording joined to it are left out
         try:
             self._find_end()
         except BaseException:
@@ -85,22 +86,27 @@ class Clip(Track):
                 walk = self.walk()
                 if walk.last is not None and not walk.breaks and not walk.stands_still:
                     return walk
-        self.restart()
-        walk = self.walk()
-        self.has_breaks = walk.breaks > 0
+        walk = self._walk_from_start()
+        if walk.is_slow:
+            self.is_broadcast = False
+            walk = self._walk_from_start()
         if self.is_timed and walk.stands_still:
             self.is_stuck = True
             self.count_frames()
-            self.restart()
-            walk = self.walk()
+            walk = self._walk_from_start()
+        self.has_breaks = walk.breaks > 0
+        self._has_gap = self.has_breaks and self.num_left_out > 0
         self._can_seek = self.is_timed and not self.has_breaks
         return walk
 
+    def _walk_from_start(self) -> Walk:
+        self.restart()
+        return self.walk()
+
     def _may_have_breaks(self) -> bool:
         """Whether timestamps may start again anywhere, so that all packets have to be looked at."""
-        is_fragmented = self.format.startswith("mov") and not self.is_indexed
         places = np.array([entry.pos for entry in self.stream.index_entries], np.int64)  # in the order of their times
-        return self.is_broadcast or is_fragmented or bool((np.diff(places) < 0).any())
+        return self.is_broadcast or self.is_fragmented or bool((np.diff(places) < 0).any())
 
     @cached_property
     def _all_seconds(self) -> Floats:
@@ -164,6 +170,8 @@ class Clip(Track):
             return f"it stops before its end, at {self.last_end:.6g} s"
         if ending.has_another(self.data, self.format, self._last_byte):
             return f"a second file joined to it, behind {self.last_end:.6g} s, is not read"
+        if self._has_gap:
+            return "a second file is joined to it, whose first frames are not read"
         return ""
 
 

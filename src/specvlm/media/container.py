@@ -9,7 +9,7 @@ import av
 import av.error
 
 from specvlm.errors import MediaError
-from specvlm.media.content import described, line_of
+from specvlm.media.content import described, head_of, line_of
 from specvlm.media.frames import Data
 
 MAX_PICTURE_PIXELS = 1 << 27  # 16384 x 8192; a decoder holds several such pictures, whatever the file's length
@@ -17,7 +17,7 @@ HELD_BYTES = 512 << 20  # what the pictures may take that a decoder's threads wo
 
 _FORMATS = (  # a playlist format (hls, dash, concat) would let a file name other files and hosts, so none is here
     "mov,matroska,webm,avi,mpegts,mpegtsraw,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,apng,mjpeg,"
-    "jpeg_pipe,yuv4mpegpipe,nut,mxf,rm,wtv,dv,3gp,mp3,wav,flac,aac,amr,aiff,w64"
+    "yuv4mpegpipe,nut,mxf,rm,wtv,dv,3gp,mp3,wav,flac,aac,amr,aiff,w64"
 )
 # FFmpeg's AV_DISPOSITION_*
 _ATTACHED_PICTURE = 1 << 10  # the cover of a piece of music
@@ -33,6 +33,7 @@ def open_container(name: str, data: Data) -> Any:
     try:
         return av.open(
             source,
+            format="mjpeg" if head_of(data, 3) == b"\xff\xd8\xff" else None,  # FFmpeg knows no progressive pictures
             options={"max_pixels": str(MAX_PICTURE_PIXELS)},
             container_options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
             metadata_errors="replace",

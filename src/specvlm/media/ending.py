@@ -120,7 +120,6 @@ _CHECKS: dict[str, Callable[[Data, int], bool]] = {
     "gif": _gif,
     "apng": _png,
     "mjpeg": _jpegs,
-    "jpeg_pipe": _jpegs,
     "ogg": _ogg,
     "mpegts": _transport,
     "yuv4mpegpipe": _yuv4mpeg,

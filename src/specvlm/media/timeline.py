@@ -22,6 +22,7 @@ class Timeline:
 
     def __init__(self, tick: float, gap: int, *, is_broadcast: bool, is_indexed: bool) -> None:
         self.breaks = 0  # how many there were
+        self.leaps = 0  # how many of them were leaps forwards
         self._gap = gap
         self._fall = (_BROADCAST_FALL if is_broadcast else max(_FALL, 16 * gap * tick)) / tick
         self._leap = (_BROADCAST_LEAP if is_broadcast else _LEAP) / tick
@@ -45,6 +46,7 @@ class Timeline:
         dts = packet.dts + self._offset
         if self._last is not None and (dts + self._fall < self._last or abs(dts - self._due) > self._leap):
             self.breaks += 1
+            self.leaps += dts > self._due
             is_shown = packet.pts is not None and self._end is not None
             self._offset = (self._end or 0) - packet.pts if is_shown else self._due - packet.dts
             dts = packet.dts + self._offset

@@ -15,7 +15,7 @@ from specvlm.media.content import head_of
 from specvlm.media.frames import Data
 from specvlm.media.timeline import Timeline
 
-_HEAPS = ("mjpeg", "jpeg_pipe")  # pictures one after another, with no times and no rate
+_HEAP = "mjpeg"  # pictures one after another, with no times and no rate
 _MOST_RATE = 1e5  # frames a second; what states more is damaged
 _TS_DISCONT = 0x200  # FFmpeg's AVFMT_TS_DISCONT: timestamps are a clock, which may be set anew
 
@@ -45,6 +45,7 @@ class Track:
 
     def restart(self) -> None:
         """Put the scout at the start of the file (not every format can seek there)."""
+        self.num_left_out = 0  # frames that FFmpeg drops where the fragments of another recording begin
         self.scout.close()
         self.scout = open_container(self.name, self.data)
         self.stream = self.scout.streams[self.index]
@@ -56,9 +57,10 @@ class Track:
     def _read_headers(self, heap_rate: float) -> None:
         stream = self.stream
         self.format = str(self.scout.format.name)
-        self.is_broadcast = bool(int(self.scout.format.flags) & _TS_DISCONT)
+        self.is_broadcast = bool(int(self.scout.format.flags) & _TS_DISCONT)  # a long gap is a clock set anew
         self.is_indexed = self.format.startswith("mov") and stream.frames > 0  # its header tells every frame's time
-        self.is_counted = self.format in _HEAPS  # there are no usable times: frames are `gap` apart
+        self.is_fragmented = self.format.startswith("mov") and not self.is_indexed
+        self.is_counted = self.format == _HEAP  # there are no usable times: frames are `gap` apart
         self.rate = heap_rate if self.is_counted else _rate_of(stream)  # frames a second, by the header
         self.tick = 1 / self.rate if self.is_counted else float(stream.time_base or 0) or 1e-6  # seconds
         self.gap = max(round(1 / self.rate / self.tick), 1)  # ticks from frame to frame, by the header
@@ -99,8 +101,10 @@ class Track:
         """Yield the packets from where the scout stands; a read error ends them."""
         try:
             for packet in self.scout.demux() if every_stream else self.scout.demux(self.stream):
-                if packet.size and not packet.is_discard:
+                if packet.size and not (packet.is_discard and packet.stream_index == self.index):
                     yield packet
+                elif packet.size and self.is_fragmented:
+                    self.num_left_out += 1
         except (av.error.EOFError, IndexError):
             pass  # PyAV raises the second at the end of a file whose tracks do not all begin at its start
         except av.error.FFmpegError:
@@ -131,6 +135,7 @@ class Track:
                 end = (packet.pts + (packet.duration or 0)) * float(packet.time_base or 0)
                 found.other_end = end - self.origin * self.tick
         found.breaks = timeline.breaks
+        found.leaps = timeline.leaps
         return found
 
 
@@ -145,7 +150,8 @@ class Walk:
     is_spoilt: bool = False  # the last packet is not complete
     decoding_end: float = 0.0  # seconds; the end by decoding times, as mp4 counts
     other_end: float = 0.0  # seconds; of the other streams
-    breaks: int = 0
+    breaks: int = 0  # of the timeline
+    leaps: int = 0
     _before: int | None = None
 
     def add(self, packet: Any, start: int, length: float) -> None:
@@ -163,6 +169,11 @@ class Walk:
     def stands_still(self) -> bool:
         """Whether most timestamps are that of the frame before."""
         return 2 * self.num_still > self.num
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether long gaps are so many that they are no breaks: a film of slides."""
+        return 5 * self.leaps > self.num
 
 
 def _rate_of(stream: Any) -> float:
