@@ -12,7 +12,7 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, UnsupportedModel, growth, policy, prune, tree, verify
+from specvlm import ConfigError, SpecVLM, UnsupportedModel, growth, policy, prune, reference, tree, verify
 from specvlm.account import Seconds
 from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _first_score_row
@@ -34,13 +34,10 @@ def ask_unpruned(model, **settings):
 
 
 def transformers_ids(model, source=None, prompt=PROMPT, **options):
-    """What transformers' own generate() answers, given the same inputs."""
+    """What transformers' own generate() answers, given the same inputs and positions."""
     source = tiny.video(6) if source is None else source
     inputs = model.prefill(model.request(source, prompt)).inputs
-    options = {"max_new_tokens": LENGTH, "do_sample": False, **options}
-    with model.target.stock_attention():
-        out = model.target.hf.generate(input_ids=inputs.input_ids[None], **inputs.model_kwargs, **options)
-    return tuple(out[0, inputs.input_ids.shape[0] :].tolist())
+    return reference.generate(model.target, inputs, **{"max_new_tokens": LENGTH, **options}).token_ids
 
 
 def test_greedy_ids_are_those_of_plain_decoding_and_of_transformers(pair):

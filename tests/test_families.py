@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import load
 from transformers import AutoConfig, AutoTokenizer
 
+from specvlm import SpecVLM, reference
 from specvlm.errors import ConfigError, MediaError, UnsupportedModel
 from specvlm.families import family_for
 from specvlm.families.base import Inputs, Prompt
 from specvlm.families.pixels import Budget, Limits, fit
 from specvlm.media import Frames
+from specvlm.model import VideoLM
 
 ORACLE = Path(sys.prefix) / "oracle"
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -385,10 +389,10 @@ PROMPTS: dict[str, tuple[list[dict[str, Any]], list[Frames]]] = {
 }
 
 
-def prompt_of(family: str, name: str) -> tuple[Any, Inputs, Prompt]:
+def prompt_of(family: str, name: str, text_positions: str = "trained") -> tuple[Any, Inputs, Prompt]:
     model, tools = tiny.load(family)
-    inputs = tools.inputs(*PROMPTS[name])
-    return model, inputs, tools.merged(model, inputs)
+    inputs = replace(tools.inputs(*PROMPTS[name]), text_positions=text_positions)
+    return model, inputs, tiny.encode(tools, model, inputs)
 
 
 def deepstack_of(prompt: Prompt) -> dict[str, Any]:
@@ -409,38 +413,149 @@ def logits_of(model: Any, prompt: Prompt, **kwargs: Any) -> torch.Tensor:
     return model.lm_head(out.last_hidden_state)[0]
 
 
+WHOSE = ("trained", "transformers")
+
+
+@pytest.mark.parametrize("whose", WHOSE)
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_prompt_equals_forward(family: str, name: str) -> None:
-    model, inputs, prompt = prompt_of(family, name)
+def test_prompt_equals_forward(family: str, name: str, whose: str) -> None:
+    model, inputs, prompt = prompt_of(family, name, whose)
+    given = {"position_ids": prompt.positions} if family in QWEN and whose == "trained" else {}
     with torch.no_grad():
-        expected = model(input_ids=inputs.input_ids[None], **inputs.model_kwargs).logits[0]
+        expected = model(input_ids=inputs.input_ids[None], **given, **inputs.model_kwargs).logits[0]
     assert torch.equal(logits_of(model, prompt), expected)
     assert torch.equal(prompt.input_ids, inputs.input_ids)
     assert prompt.positions.shape == ((3, 1, len(prompt)) if family in QWEN else (1, len(prompt)))
 
 
+@pytest.mark.parametrize("whose", WHOSE)
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_next_position_is_that_of_generate(family: str, name: str) -> None:
-    model, inputs, prompt = prompt_of(family, name)
+def test_generate_stands_where_the_prompt_says(family: str, name: str, whose: str) -> None:
+    """generate() takes the positions that it is handed for the prompt, and counts on from them for every token."""
+    target = load(family, "target")
+    inputs = replace(target.family.inputs(*PROMPTS[name]), text_positions=whose)
+    prompt = target.encode(inputs)
     seen = []
-    handle = model.model.language_model.register_forward_pre_hook(
+    handle = target.hf.model.language_model.register_forward_pre_hook(  # the oracle is a copy, hooks included
         lambda _, __, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     try:
-        model.generate(input_ids=inputs.input_ids[None], **inputs.model_kwargs, max_new_tokens=2, do_sample=False)
+        reference.generate(target, inputs, max_new_tokens=4)
     finally:
         handle.remove()
-    first, second = (positions[-3:] if family in QWEN else positions for positions in seen)
+    first, *later = (positions[-3:] if family in QWEN else positions for positions in seen)
     assert torch.equal(prompt.positions, first)
-    assert second.unique().tolist() == [prompt.next_position]
+    assert [positions.unique().tolist() for positions in later] == [
+        [prompt.next_position + place] for place in range(3)
+    ]
 
 
-def test_next_position_follows_a_long_video() -> None:
-    """At 4 s a time step the video's time passes the text that follows it; generate() goes on from the text."""
-    _, _, prompt = prompt_of("qwen2_5_vl", "long")
-    assert prompt.next_position == int(prompt.positions[0, 0, -1]) + 1 < int(prompt.positions.max())
+# ---------------------------------------------------------------- positions as the weights were trained
+
+
+Span = int | tuple[str, int, int, int, float]  # words, or kind, times, rows, columns and seconds a time step
+
+
+def plain_positions(spans: list[Span], tokens_per_second: float | None) -> list[tuple[int, int, int]]:
+    """The rule itself, a token at a time: text starts one behind the largest position before it, on any axis."""
+    found: list[tuple[int, int, int]] = []
+    for span in spans:
+        start = 1 + max((max(cell) for cell in found), default=-1)
+        if isinstance(span, int):
+            found += [(start + word,) * 3 for word in range(span)]
+            continue
+        kind, times, rows, columns, seconds = span
+        for time, row, column in itertools.product(range(times), range(rows), range(columns)):
+            if kind == "video" and tokens_per_second is not None:
+                time = int(time * seconds * tokens_per_second)
+            found.append((start + time, start + row, start + column))
+    return found
+
+
+# Media (a rate for a video of 56 x 84 pixels, so 2 x 3 tokens a step of two frames; "image": 3 x 5 tokens), frames of
+# each video, and where the text between and behind them begins: in Qwen2.5-VL, which counts 2 positions a second, and
+# in Qwen2-VL, which counts time steps. Worked out by hand; the first visual begins at 5, behind 5 words.
+GOLDEN: dict[str, tuple[list[Any], int, list[int], list[int]]] = {
+    "0.3 fps": ([0.3], 8, [46], [9]),  # 5 + 3 * 6.667 s * 2 + 1
+    "1 fps": ([1.0], 8, [18], [9]),
+    "2 fps": ([2.0], 8, [12], [9]),
+    "23.976 fps": ([23.976], 64, [11], [37]),  # 5 + int(31 * 0.0834 s * 2) + 1
+    "30 fps": ([30.0], 64, [10], [37]),
+    "two videos": ([0.5, 4.0], 8, [30, 36], [9, 15]),
+    "an image between": ([0.5, "image", 4.0], 8, [30, 37, 43], [9, 16, 22]),
+    "an image first": (["image", 1.0, 1.0], 8, [10, 25, 40], [10, 16, 22]),
+    "an image": (["image"], 8, [10], [10]),
+}
+
+
+def spans_of(inputs: Inputs, seconds: list[float]) -> list[Span]:
+    """Words and visuals of a prompt, in order."""
+    kinds = [int(kind) for kind in inputs.model_kwargs["mm_token_type_ids"][0]]
+    visuals, steps, spans, place = iter(inputs.visuals), iter(seconds), [], 0
+    while place < len(kinds):
+        if kinds[place] == 0:
+            words = next((n for n, kind in enumerate(kinds[place:]) if kind), len(kinds) - place)
+            spans.append(words)
+            place += words
+            continue
+        visual = next(visuals)
+        spans.append((visual.kind, *visual.grid, next(steps) if visual.kind == "video" else 1.0))
+        place += math.prod(visual.grid)
+    return spans
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_positions_are_those_of_the_training(family: str, name: str) -> None:
+    kinds, frames, *golden = GOLDEN[name]
+    media = [tiny.image(84, 140) if kind == "image" else tiny.video(frames, 56, 84, kind) for kind in kinds]
+    model, tools = tiny.load(family)
+    inputs = tools.inputs(tiny.messages(*(one.kind for one in media), "What?"), media)
+    spans = spans_of(inputs, [2 / kind for kind in kinds if kind != "image"])
+    prompt = tiny.encode(tools, model, inputs)
+    expected = plain_positions(spans, 2.0 if family == "qwen2_5_vl" else None)
+    assert [tuple(cell) for cell in prompt.positions[:, 0].T.tolist()] == expected
+    sizes = [span if isinstance(span, int) else math.prod(span[1:4]) for span in spans]
+    texts = [sum(sizes[:number]) for number, span in enumerate(spans) if isinstance(span, int)]
+    assert [expected[place] for place in texts[1:]] == [(start,) * 3 for start in golden[family == "qwen2_vl"]]
+    assert prompt.next_position == expected[-1][0] + 1
+    assert prompt.behind is None
+
+
+def test_the_installed_version_counts_otherwise() -> None:
+    """64 steps of 1 s on a 16 x 16 grid: text goes on at 130 as trained, at 19 in transformers 5."""
+    model, tools = tiny.load("qwen2_5_vl")
+    video = tiny.video(128, 28, 28)
+    inputs = tools.inputs(tiny.messages("video", "What?"), [video])
+    steps, rows, columns = inputs.visuals[0].grid
+    starts = {}
+    for whose in WHOSE:
+        positions = tools.positions(model, replace(inputs, text_positions=whose))
+        starts[whose] = int(positions[0, 0, 5 + steps * rows * columns])
+    assert starts == {"trained": 5 + 63 * 2 + 1, "transformers": 5 + max(rows, columns)}
+
+
+def test_a_prompt_that_ends_in_a_visual_token(tmp_path: Path) -> None:
+    """Each axis counts on from its own last position, as generate() does."""
+    for family in QWEN:
+        directory = write(Case(family, [], []), tmp_path / family)
+        shutil.copy(Path(tiny.checkpoint(family)) / "model.safetensors", directory)
+        (Path(directory) / "chat_template.jinja").write_text("Look: <|vision_start|><|image_pad|>")
+        model = SpecVLM(VideoLM.from_pretrained(directory, device="cpu"))
+        frames = tiny.image(97, 160)
+        messages = [{"role": "user", "content": [{"type": "image", "image": frames}]}]
+        start = model.prefill(model.request(messages))
+        assert start.prompt.visual_index[-1] == len(start.prompt) - 1
+        assert start.prompt.behind is not None
+        answer = model.generate(messages, max_new_tokens=24)
+        target = model.target
+        expected = reference.generate(target, start.inputs, max_new_tokens=24)
+        own = reference.generate(target, replace(start.inputs, text_positions="transformers"), max_new_tokens=24)
+        assert answer.token_ids == expected.token_ids == own.token_ids
+        drafted = SpecVLM(target, target).generate(messages, max_new_tokens=24, tree="paper", keep_ratio=0.5)
+        assert drafted.token_ids == answer.token_ids
 
 
 @pytest.mark.parametrize("name", [name for name in PROMPTS if name != "text"])
@@ -476,7 +591,7 @@ def test_no_hook_stays_behind() -> None:
     assert not model.model.language_model._forward_pre_hooks
     broken = replace(inputs, model_kwargs={**inputs.model_kwargs, "pixel_values_videos": torch.zeros(3, 5)})
     with pytest.raises(RuntimeError):
-        tiny.load("qwen2_5_vl")[1].merged(model, broken)
+        tiny.encode(tiny.load("qwen2_5_vl")[1], model, broken)
     assert not model.model.language_model._forward_pre_hooks
 
 
@@ -537,14 +652,14 @@ def test_llava_videos_of_different_lengths() -> None:
     model, tools = tiny.load("llava_onevision")
     videos = [tiny.video(4), tiny.video(7, seed=1)]
     inputs = tools.inputs(tiny.messages("video", "and", "image", "and", "video"), [videos[0], tiny.image(), videos[1]])
-    prompt = tools.merged(model, inputs)
+    prompt = tiny.encode(tools, model, inputs)
     for number, video in ((0, videos[0]), (2, videos[1])):
-        alone = tools.merged(model, tools.inputs(tiny.messages("video"), [video]))
+        alone = tiny.encode(tools, model, tools.inputs(tiny.messages("video"), [video]))
         mine = prompt.visual_index[prompt.visual_id == number]
         assert torch.equal(prompt.embeds[0, mine], alone.embeds[0, alone.visual_index])
         assert torch.equal(prompt.grid[prompt.visual_id == number], alone.grid)
         assert torch.equal(prompt.embeds[0, mine[-1] + 1], model.model.image_newline)
-    image = tools.merged(model, tools.inputs(tiny.messages("image"), [tiny.image()]))
+    image = tiny.encode(tools, model, tools.inputs(tiny.messages("image"), [tiny.image()]))
     mine = prompt.visual_index[prompt.visual_id == 1]
     assert torch.equal(prompt.embeds[0, mine], image.embeds[0, image.visual_index])
 
@@ -583,7 +698,7 @@ def test_inputs_and_prompt_on_a_gpu(family: str) -> None:
         wanted = here.model_kwargs[key]
         close = torch.allclose(value.cpu(), wanted, atol=0.04) if "pixel" in key else torch.equal(value.cpu(), wanted)
         assert close, key  # resizing through float32 moves a pixel by up to two of 255 levels
-    prompt = tools.merged(model, there)
+    prompt = tiny.encode(tools, model, there)
     new = model.generate(there.input_ids[None], **there.model_kwargs, max_new_tokens=1, do_sample=False)
     assert logits_of(model, prompt)[-1].argmax() == new[0, -1]
 

@@ -103,11 +103,11 @@ def test_filters_of_sampling_are_in_force_where_it_samples(entries, monkeypatch)
     sampling = {"temperature": 0.8, "top_k": 60, "top_p": 0.97, "min_p": 0.001}
     request = model.request(tiny.video(6), PROMPT, **sampling, seed=1)
     start = model.prefill(request)
-    with model.target.stock_attention():
-        out = model.target.hf.generate(
-            input_ids=start.inputs.input_ids[None], **start.inputs.model_kwargs, **sampling, max_new_tokens=2,
-            do_sample=True, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+    out = model.target.stock().generate(
+        input_ids=start.inputs.input_ids[None], **start.inputs.model_kwargs,
+        **reference.positions(model.target, start.inputs), **sampling, max_new_tokens=2,
+        do_sample=True, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
     processors = model.target.rules.processors(start.prompt.input_ids, request.config.sampling)
     ours = processors(start.logits[None], (), ())
     torch.testing.assert_close(ours, out.scores[0], rtol=1e-4, atol=1e-4)

@@ -62,9 +62,9 @@ def test_batches_equal_the_one_pass(family, name, most, monkeypatch):
     monkeypatch.setattr(vision, "MAX_PATCHES", 1 << 20)
     model, tools = tiny.load(family)
     inputs = tools.inputs(*PROMPTS[name])
-    expected = tools.merged(model, inputs)
+    expected = tiny.encode(tools, model, inputs)
     monkeypatch.setattr(vision, "MAX_PATCHES", most)
-    prompt = tools.merged(prepared(family)[0], inputs)
+    prompt = tiny.encode(tools, prepared(family)[0], inputs)
     assert torch.allclose(prompt.embeds, expected.embeds, atol=1e-5, rtol=1e-5)
     assert torch.equal(prompt.positions, expected.positions)
     assert torch.equal(prompt.visual_index, expected.visual_index)
@@ -113,11 +113,11 @@ def test_no_batch_exceeds_the_bound(family, name, most, monkeypatch):
     model, tools = prepared(family)
     inputs = tools.inputs(*PROMPTS[name])
     sizes = recorded(model, monkeypatch)
-    tools.merged(model, inputs)
+    tiny.encode(tools, model, inputs)
     total = sum(sizes)
     del sizes[:]
     monkeypatch.setattr(vision, "MAX_PATCHES", most)
-    tools.merged(model, inputs)
+    tiny.encode(tools, model, inputs)
     assert max(sizes) <= max(most, one_step(family, inputs))
     assert sum(sizes) == total
     assert len(sizes) > 1
@@ -136,7 +136,7 @@ def test_batches_are_as_full_as_can_be(monkeypatch):
     model, tools = prepared("qwen2_5_vl")
     sizes = recorded(model, monkeypatch)
     monkeypatch.setattr(vision, "MAX_PATCHES", 60)
-    tools.merged(model, tools.inputs(tiny.messages("video"), [tiny.video(16, 56, 84)]))
+    tiny.encode(tools, model, tools.inputs(tiny.messages("video"), [tiny.video(16, 56, 84)]))
     assert sizes == [48] * 4
 
 
@@ -175,7 +175,7 @@ def launches(family, media, monkeypatch):
     spy.scaled_dot_product_attention = lambda *args, **kwargs: calls.append(args[0].shape) or inner(*args, **kwargs)
     with monkeypatch.context() as patch:
         patch.setattr(vision, "F", spy)
-        tools.merged(model, tools.inputs(tiny.messages(*[frames.kind for frames in media]), media))
+        tiny.encode(tools, model, tools.inputs(tiny.messages(*[frames.kind for frames in media]), media))
     return calls
 
 
@@ -202,7 +202,7 @@ def test_bounds_are_read_once_a_batch(family, monkeypatch):
     inputs = tools.inputs(*PROMPTS["video"])
     monkeypatch.setattr(vision, "MAX_PATCHES", 60)
     sizes = recorded(model, monkeypatch)
-    tools.merged(model, inputs)
+    tiny.encode(tools, model, inputs)
     assert len(made) == len(sizes) * (2 if family == "qwen2_5_vl" else 1)
 
 
@@ -262,9 +262,9 @@ def test_batches_equal_the_one_pass_on_a_gpu(family, monkeypatch):
     model = deepcopy(plain)
     tools.prepare(model)
     inputs = tools.inputs(*MIXED, device="cuda")
-    expected = tools.merged(plain, inputs)
+    expected = tiny.encode(tools, plain, inputs)
     monkeypatch.setattr(vision, "MAX_PATCHES", 60)
-    prompt = tools.merged(model, inputs)
+    prompt = tiny.encode(tools, model, inputs)
     assert torch.allclose(prompt.embeds, expected.embeds, atol=1e-4, rtol=1e-4)
     for found, wanted in zip(prompt.deepstack, expected.deepstack, strict=True):
         assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)

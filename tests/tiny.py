@@ -252,6 +252,11 @@ def load(family: str, part: str = "target", seed: int = 0) -> tuple[Any, Any]:
     return model, family_for(family)(directory, model.config, AutoTokenizer.from_pretrained(directory))
 
 
+def encode(family: Any, model: Any, inputs: Any) -> Any:
+    """Return the Prompt of inputs."""
+    return family.merge(model, inputs, family.encode_visual(model, inputs))
+
+
 def video(num_frames: int = 4, height: int = 56, width: int = 84, fps: float = 2.0, seed: int = 0) -> Frames:
     """Random but smooth frames."""
     return Frames(_pixels(num_frames, height, width, seed), torch.arange(num_frames, dtype=torch.float64) / fps, fps)

@@ -49,7 +49,7 @@ PENALTIES = (1e-3, 1e3)  # least and largest repetition penalty: logits stay fin
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Which frames are read and how large they are."""
+    """Which frames are read, how large they are, and how positions count on behind them."""
 
     num_frames: int | None = _setting(None, "read this many evenly spaced frames (instead of --fps)")
     fps: float | None = _setting(None, "frames read per second of video [default: 2, unless num_frames is given]")
@@ -69,6 +69,12 @@ class VideoConfig:
         "what becomes of videos that exceed the model's context: thin (fewer, then smaller frames, with a warning) or "
         "error",
         choices=("thin", "error"),
+    )
+    text_positions: str = _setting(
+        "trained",
+        "where text behind a video stands in Qwen2-VL and Qwen2.5-VL: behind its largest position, time included, as "
+        "the weights were trained, or as the installed transformers counts",
+        choices=("trained", "transformers"),
     )
     max_download_bytes: int = _setting(2 << 30, "largest file fetched from a URL, in bytes")
     timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
@@ -92,6 +98,8 @@ class VideoConfig:
         _require(self.fit in ("thin", "error"), "fit", self.fit, "thin or error")
         _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
         _require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
+        known = ("trained", "transformers")
+        _require(self.text_positions in known, "text_positions", self.text_positions, "trained or transformers")
 
     def _check_pixels(self) -> None:
         for name in ("max_pixels", "total_pixels"):

@@ -11,7 +11,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
@@ -446,7 +446,8 @@ class SpecVLM:
             CapacityError: prompt and new tokens exceed the target's context.
         """
         target, prompted = self.target, self._prompted(request)
-        return target.family.inputs(prompted.messages, prompted.media, limits=prompted.limits, device=target.device)
+        inputs = target.family.inputs(prompted.messages, prompted.media, limits=prompted.limits, device=target.device)
+        return replace(inputs, text_positions=request.config.video.text_positions)
 
     def load(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
         """Prepare a request and read its media, once for all requests that are made from it. Arguments: see `request`.

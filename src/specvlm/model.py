@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from specvlm import attention, tree
 from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.decoder import Decoder, Weight, is_supported
 from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.families import Family, Inputs, Prompt
+from specvlm.families import Family, Features, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
 from specvlm.rules import Rules
@@ -91,10 +91,20 @@ class VideoLM:
             return cls(hf, family, name=name)
 
     @torch.inference_mode()
-    def encode(self, inputs: Inputs) -> Prompt:
-        """Run the vision tower; return the prompt as the language model takes it."""
+    def encode_visual(self, inputs: Inputs) -> tuple[Features, ...]:
+        """Run the vision tower; return the features of every video and image, which may be kept and merged again."""
         with on(self.device):
-            return self.family.merged(self.hf, inputs.to(self.device))
+            return self.family.encode_visual(self.hf, inputs.to(self.device))
+
+    @torch.inference_mode()
+    def merge(self, inputs: Inputs, features: Sequence[Features]) -> Prompt:
+        """Return the prompt as the language model takes it, with the features of its videos and images."""
+        with on(self.device):
+            return self.family.merge(self.hf, inputs.to(self.device), features)
+
+    def encode(self, inputs: Inputs) -> Prompt:
+        """Return the prompt as the language model takes it: `encode_visual` and `merge`."""
+        return self.merge(inputs, self.encode_visual(inputs))
 
     @torch.inference_mode()
     def start(
@@ -182,14 +192,18 @@ class VideoLM:
             self._rows[parents, count] = tree.Rows.of(parents, count, self.device)
         return self._rows[parents, count]
 
-    @contextmanager
-    def stock_attention(self) -> Iterator[None]:
-        """Give the Hugging Face model its own attention back, as the oracle that this engine is compared with."""
-        self.hf.set_attn_implementation({"text_config": "sdpa"})
-        try:
-            yield
-        finally:
-            self.hf.set_attn_implementation({"text_config": attention.NAME})
+    def stock(self) -> Any:
+        """Return transformers' own model over the same weights and vision tower: the oracle, for one caller.
+
+        It is a copy of everything but the weights, so that its attention, and what generate() notes on it, concern
+        nobody else.
+        """
+        language_model = self.hf.model.language_model
+        shared: list[Any] = [*self.hf.parameters(), *self.hf.buffers()]
+        shared += [child for child in self.hf.model.children() if child is not language_model]
+        copied = copy.deepcopy(self.hf, {id(each): each for each in shared})
+        copied.set_attn_implementation({"text_config": "sdpa"})
+        return copied
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [1, N, D] of text tokens [N]."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -61,21 +61,20 @@ def generate(
         has_logits: whether to keep the logits of every token.
         **options: further options of generate().
     """
-    device, ids, clock = target.device, inputs.input_ids.to(target.device), _Clock()
+    device, clock = target.device, _Clock()
     options = {**target.rules.overrides, **options}
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
-    with ExitStack() as contexts:
-        contexts.enter_context(on(device))  # the vision tower's kernels are Triton's
-        contexts.enter_context(target.stock_attention())
-        if assistant is not None:
-            contexts.enter_context(assistant.stock_attention())
-            options["assistant_model"] = assistant.hf
+    if assistant is not None:
+        options["assistant_model"] = assistant.stock()
+    model, inputs = target.stock(), inputs.to(device)
+    options |= positions(target, inputs)
+    with on(device):  # the vision tower's kernels are Triton's
         wait(device)
         begin = time.perf_counter()
-        out = target.hf.generate(
-            input_ids=ids[None],
-            **inputs.to(device).model_kwargs,
+        out = model.generate(
+            input_ids=inputs.input_ids[None],
+            **inputs.model_kwargs,
             **options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -86,4 +85,18 @@ def generate(
     _prompt, *later = clock.arrivals
     arrivals = tuple((when - begin, count) for when, count in later)
     logits = tuple(row[0] for row in out.logits or ())
-    return Reference(tuple(out.sequences[0, ids.shape[0] :].tolist()), arrivals, logits)
+    return Reference(tuple(out.sequences[0, inputs.input_ids.shape[0] :].tolist()), arrivals, logits)
+
+
+def positions(target: VideoLM, inputs: Inputs) -> dict[str, Tensor]:
+    """Return what tells generate() where the tokens of an M-RoPE prompt stand: it counts on from the last of them.
+
+    It takes 4 rows: the places in the sequence, by which it masks, and the three axes.
+    """
+    if inputs.text_positions == "transformers":  # its own
+        return {}
+    found = target.family.positions(target.hf, inputs)
+    if found.dim() == 2:
+        return {}
+    places = torch.arange(found.shape[-1], device=found.device).expand(1, 1, -1)
+    return {"position_ids": torch.cat([places, found])}

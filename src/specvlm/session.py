@@ -41,6 +41,7 @@ class Session(ABC):
         self.position = prompt.next_position
         self._prompt_len = len(prompt)
         self._is_3d = prompt.positions.dim() == 3
+        self._behind = prompt.behind
         self._parents: tuple[int, ...] = ()  # of the tree rows
 
     @abstractmethod
@@ -142,7 +143,8 @@ class Session(ABC):
     def positions(self, first: int | Tensor, rows: tree.Rows) -> Tensor:
         """Return the positions of tree rows, [3, 1, N] for M-RoPE, else [1, N]; `first` is that of the root's."""
         shape = (3, 1, -1) if self._is_3d else (1, -1)
-        return (first - 1 + rows.depths).expand(shape)
+        positions = (first - 1 + rows.depths).expand(shape)
+        return positions if self._behind is None else positions - self._behind
 
     def rollback(self, length: int | None = None) -> None:
         """Go back to a number of rows, by default to the end of the prompt."""
@@ -262,7 +264,7 @@ class FusedSession(Session):
     @property
     def is_captured(self) -> bool:
         """Whether `run` replays CUDA graphs."""
-        return self.model.device.type == "cuda"
+        return self.model.device.type == "cuda" and self._behind is None  # a graph serves other prompts, too
 
     @property
     def _decoder(self) -> Decoder:

@@ -37,11 +37,10 @@ def install(tower: Any) -> None:
     """
     if isinstance(tower.forward, FrameBatches):
         return
-    known = KnownSegments()
     tower.patch_embed.forward = partial(_embed, tower.patch_embed.proj)
     for block in tower.blocks:
         _align(block.mlp)
-        block.forward = Block(block, known)
+        block.forward = Block(block)
     tower.forward = FrameBatches(tower)
 
 
@@ -84,7 +83,7 @@ class FrameBatches:
         total, start = hidden_states.shape[0] // self._tower.spatial_merge_size**2, 0
         features: list[Tensor] = []
         for pixels, part in zip(torch.split(hidden_states, sizes), parts, strict=True):
-            out = self._forward(pixels, grid_thw=grid_thw.new_tensor(part), **kwargs)
+            out = self._forward(pixels, grid_thw=grid_thw.new_tensor(part), known_segments=KnownSegments(), **kwargs)
             found = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
             if len(parts) == 1:
                 features = found
@@ -120,7 +119,10 @@ class Segments:
 
 
 class KnownSegments:
-    """The segments of the batch in progress: all layers share the tensors of bounds of its windows and frames."""
+    """The segments of one batch: all layers share the tensors of bounds of its windows and frames.
+
+    It travels with the batch through the keyword arguments that Hugging Face's tower hands to every block.
+    """
 
     def __init__(self) -> None:
         self._last: list[tuple[Tensor, Segments]] = []
@@ -156,15 +158,20 @@ class Block:
     The residual stream is updated in place, so the rows given to a block are those that it returns.
     """
 
-    def __init__(self, block: Any, known: KnownSegments) -> None:
-        self._block, self._known = block, known
+    def __init__(self, block: Any) -> None:
+        self._block = block
         self._gate_up = joined(block.mlp.gate_proj, block.mlp.up_proj) if hasattr(block.mlp, "gate_proj") else None
 
     def __call__(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        known_segments: KnownSegments,
+        **_: Any,
     ) -> Tensor:
-        """Run rows [T, D]; the arguments are those of Hugging Face's block."""
-        block, segments = self._block, self._known.of(cu_seqlens)
+        """Run rows [T, D]; the arguments are those of Hugging Face's block, and what FrameBatches adds to them."""
+        block, segments = self._block, known_segments.of(cu_seqlens)
         qkv = block.attn.qkv(_normed(block.norm1, hidden_states))
         rotated = _rotated(qkv, block.attn.num_heads, position_embeddings, cu_seqlens[:1])
         attended = block.attn.proj(attend(*rotated, segments, block.attn.scaling))

@@ -30,6 +30,7 @@ class Inputs:
     input_ids: Tensor  # [S] int64, placeholders already repeated once per visual token
     model_kwargs: dict[str, Any]  # the other keyword arguments, batch dimension included where HF has one
     visuals: tuple[Visual, ...]  # in order of appearance
+    text_positions: str = "trained"  # see VideoConfig; read where a Prompt is made
 
     def to(self, device: torch.device | str) -> Inputs:
         """Return a copy with every tensor on `device`."""
@@ -52,6 +53,14 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What one video or image adds to a prompt. It knows nothing of the prompt, so it may be kept and merged again."""
+
+    rows: Tensor  # [n, D]: an embedding for each token that stands for the visual, newlines included
+    deepstack: tuple[Tensor, ...] = ()  # Qwen3-VL: [n, D] each, added after the first layers, one a layer
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A prompt as the language model takes it: merged embeddings and true positions.
 
@@ -62,11 +71,12 @@ class Prompt:
     input_ids: Tensor  # [S] int64
     embeds: Tensor  # [1, S, D]
     positions: Tensor  # [3, 1, S] for M-RoPE, else [1, S]; int64
-    next_position: int  # position of the first generated token, in every dimension: the last token's plus 1
+    next_position: int  # position of the first generated token: the last token's plus 1, its largest axis
     visual_index: Tensor  # [V] int64, ascending places of the visual tokens in the sequence
     grid: Tensor  # [V, 3] int64: time step, row, column within its own visual
     visual_id: Tensor  # [V] int64: which video or image a visual token belongs to
     deepstack: tuple[Tensor, ...] = ()  # Qwen3-VL: features [V, D] added after the first layers, one a layer
+    behind: Tensor | None = None  # [3, 1, 1] int64: each axis of generated tokens, behind next_position; None is 0
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -119,7 +129,7 @@ class Prompt:
     def repacked(self) -> Prompt:
         """Return the prompt with its tokens counted 0, 1, 2, ... in every dimension, as the authors' code does."""
         places = torch.arange(len(self), device=self.positions.device).expand(self.positions.shape)
-        return replace(self, positions=places, next_position=len(self))
+        return replace(self, positions=places, next_position=len(self), behind=None)
 
     def rows(self, keep: Tensor) -> Tensor:
         """Return the ascending places [K + S - V] of the visual tokens `keep` and of all other tokens."""
@@ -171,8 +181,19 @@ class Family(Protocol):
         """Return where the last user turn begins in a prompt's ids [S]."""
         ...
 
-    def merged(self, model: Any, inputs: Inputs) -> Prompt:
-        """Run the vision tower of the HF model and return what reaches the language model."""
+    def encode_visual(self, model: Any, inputs: Inputs) -> tuple[Features, ...]:
+        """Run the vision tower of the HF model; return the features of every visual, in order of appearance.
+
+        Nothing of the request stays behind on the model: any number of threads may call it at once.
+        """
+        ...
+
+    def positions(self, model: Any, inputs: Inputs) -> Tensor:
+        """Return the positions of all tokens, int64: [3, 1, S] for M-RoPE, else [1, S]."""
+        ...
+
+    def merge(self, model: Any, inputs: Inputs, features: Sequence[Features]) -> Prompt:
+        """Return what reaches the language model: embeddings with the features in their places, and positions."""
         ...
 
 

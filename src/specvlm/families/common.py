@@ -1,10 +1,10 @@
-"""What all families share: chat template, placeholders, tokens, and the merged prompt."""
+"""What all families share: chat template, placeholders, tokens, and how features and ids become a prompt."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from specvlm.errors import ConfigError, UnsupportedModel, one_line
-from specvlm.families.base import Inputs, Prompt, Size, Visual
+from specvlm.families.base import Features, Inputs, Prompt, Size, Visual
 from specvlm.families.messages import Message, parse, texts
 from specvlm.families.pixels import Limits, read_json
 from specvlm.media import Frames
@@ -56,28 +56,6 @@ def chat_template(directory: str, tokenizer: Any) -> str:
             "chat_template.jinja"
         )
     return str(found)
-
-
-class _Captured(Exception):
-    """Ends a forward call early; no error."""
-
-
-def capture(module: torch.nn.Module, call: Callable[[], object]) -> dict[str, Any]:
-    """Return the keyword arguments that `module` receives during `call`, which is stopped there."""
-    caught: dict[str, Any] = {}
-
-    def stop(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise _Captured
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        call()
-    except _Captured:
-        return caught
-    finally:
-        handle.remove()
-    raise AssertionError("the forward call did not reach the language model")
 
 
 def cells(times: int, rows: int, columns: int, *, first_time: int = 0) -> Tensor:
@@ -174,49 +152,49 @@ class VisionFamily(ABC):
         """
         self.pixel_dtype = model.dtype
 
-    @torch.no_grad()
-    def merged(self, model: Any, inputs: Inputs) -> Prompt:
-        """Run the vision tower of `model` (the HF ...ForConditionalGeneration) and return its language model's prompt.
+    @abstractmethod
+    def encode_visual(self, model: Any, inputs: Inputs) -> tuple[Features, ...]:
+        """Run the vision tower of a loaded HF model; see Family."""
 
-        Nothing is left behind on the model that a later request would read: positions are always explicit.
+    def positions(self, model: Any, inputs: Inputs) -> Tensor:
+        """Return the positions [1, S] of all tokens, on the device of the ids: they count up."""
+        return torch.arange(inputs.input_ids.shape[0], device=inputs.input_ids.device)[None]
+
+    @torch.no_grad()
+    def merge(self, model: Any, inputs: Inputs, features: Sequence[Features]) -> Prompt:
+        """Return the prompt of a loaded HF model's language model; see Family.
+
+        Args:
+            model: the HF ...ForConditionalGeneration.
+            inputs: of the prompt.
+            features: of its visuals, in order of appearance, from `encode_visual`.
+
+        Raises:
+            ConfigError: the features are not those of the prompt's visuals.
         """
-        inputs = inputs.to(model.get_input_embeddings().weight.device)
-        ids = inputs.input_ids
-        caught = self._capture(model, inputs)
-        positions = self._positions(caught.get("position_ids"), ids)
+        embedding = model.get_input_embeddings()
+        ids = inputs.input_ids.to(embedding.weight.device)
         places = self._type_ids(ids).nonzero().squeeze(1)
-        layout, owner = self._layout(inputs, ids.device)
+        layouts = self._layouts(inputs)
+        _check_features(features, [len(layout) for layout in layouts])
+        embeds = embedding(ids)
+        for where, each in zip(torch.split(places, [len(one.rows) for one in features]), features, strict=True):
+            embeds[where] = each.rows.to(embeds)
+        layout, owner = _joined_layouts(layouts, ids.device)
         prunable = layout[:, 0] >= 0
+        positions = self.positions(model, inputs).to(ids.device)
+        last = positions[..., -1]
         return Prompt(
             input_ids=ids,
-            embeds=caught["inputs_embeds"],
+            embeds=embeds[None],
             positions=positions,
-            next_position=int(positions[..., -1].max()) + 1,  # as generate() counts on, whatever lies further ahead
+            next_position=int(last.max()) + 1,
             visual_index=places[prunable],
             grid=layout[prunable],
             visual_id=owner[prunable],
-            deepstack=tuple(caught.get("deepstack_visual_embeds") or ()),
+            deepstack=tuple(_one(layer) for layer in zip(*(each.deepstack for each in features), strict=True)),
+            behind=(last.max() - last)[..., None] if bool((last != last.max()).any()) else None,
         )
-
-    def _capture(self, model: Any, inputs: Inputs) -> dict[str, Any]:
-        """Return what the language model receives for these inputs."""
-        call = {"input_ids": inputs.input_ids[None], "use_cache": False, **inputs.model_kwargs}
-        return capture(model.model.language_model, lambda: model.model(**call))
-
-    def _positions(self, captured: Tensor | None, ids: Tensor) -> Tensor:
-        if captured is None:  # HF leaves a prompt without visuals to the language model, which counts up
-            captured = torch.arange(ids.shape[0], device=ids.device)[None]
-        if not self.is_mrope:
-            return captured
-        return captured[-3:] if captured.ndim == 3 else captured.expand(3, 1, -1)
-
-    def _layout(self, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the cell [n, 3] and the visual's number [n] of every placeholder token."""
-        layouts = self._layouts(inputs)
-        lengths = torch.tensor([len(layout) for layout in layouts], dtype=torch.int64)
-        owner = torch.repeat_interleave(torch.arange(len(layouts)), lengths)
-        layout = torch.cat([*layouts, torch.empty(0, 3, dtype=torch.int64)])
-        return layout.to(device), owner.to(device)
 
     def _render(self, messages: Sequence[Message]) -> str:
         """Return the prompt's text with one placeholder a video or image, ready for the answer.
@@ -311,3 +289,28 @@ def _left_out(messages: Sequence[Message], text: str) -> str:
             if words.strip() not in text or str(part) in text:  # a list put into text is no list that it takes
                 return repr(words[:60]) if words else f"a message's {part['type']}"
     return ""
+
+
+def _check_features(features: Sequence[Features], lengths: Sequence[int]) -> None:
+    """Refuse features of other visuals than the prompt's.
+
+    Raises:
+        ConfigError: their numbers differ.
+    """
+    found = [len(each.rows) for each in features]
+    if found != list(lengths):
+        problem = f"features of {found} tokens do not fit a prompt whose visuals have {list(lengths)}"
+        raise ConfigError(f"{problem}: give those that encode_visual made of these inputs, in their order")
+
+
+def _joined_layouts(layouts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the cell [n, 3] and the visual's number [n] of every placeholder token."""
+    lengths = torch.tensor([len(layout) for layout in layouts], dtype=torch.int64)
+    owner = torch.repeat_interleave(torch.arange(len(layouts)), lengths)
+    layout = torch.cat([*layouts, torch.empty(0, 3, dtype=torch.int64)])
+    return layout.to(device), owner.to(device)
+
+
+def _one(rows: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all visuals together; those of one alone are not copied."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from specvlm import vision
 from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.families.base import Inputs, Visual, register
+from specvlm.families.base import Features, Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import Limits, normalize, processor_settings, resize
 from specvlm.media import Frames
@@ -22,7 +22,6 @@ from specvlm.media import Frames
 _DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "do_center_crop": False}
 _SHRINK_ABOVE = 1.1  # the model shrinks tiles whose side exceeds its bound by more than this
 _NEWLINE = (-1, -1, -1)
-_IMAGE_KWARGS = ("pixel_values", "image_sizes", "batch_num_images")
 
 
 def best_pinpoint(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -53,6 +52,7 @@ class LlavaOnevision(VisionFamily):
             strategy = config.vision_feature_select_strategy
             raise UnsupportedModel(f"{directory}: vision_feature_select_strategy={strategy!r} is not 'full'")
         self._side = config.vision_config.image_size // config.vision_config.patch_size  # features a side of a tile
+        self._pooled = math.ceil(self._side / 2)  # of a video's frame
         self._tile = int(config.vision_config.image_size)
         self._pinpoints = [tuple(pinpoint) for pinpoint in config.image_grid_pinpoints]
         self._max_tiles = int(re.sub(r"\D", "", config.vision_aspect_ratio))
@@ -86,8 +86,7 @@ class LlavaOnevision(VisionFamily):
         if settings["do_resize"]:
             pixels = resize(pixels, (self._tile, self._tile), settings["resample"], device)
         pixels = normalize(pixels.to(device), settings, 1, self.pixel_dtype)
-        pooled = math.ceil(self._side / 2)
-        visual = Visual("video", (len(pixels), pooled, pooled))
+        visual = Visual("video", (len(pixels), self._pooled, self._pooled))
         return Encoded(visual, pixels, self._tokens["video"], (math.prod(visual.grid) + 1,), None, self._tile**2)
 
     def _image(self, image: Tensor, is_alone: bool, most: int | None) -> Encoded:
@@ -179,50 +178,42 @@ class LlavaOnevision(VisionFamily):
                 layouts.append(self._image_layout(height, width, is_alone))
         return layouts
 
-    def _capture(self, model: Any, inputs: Inputs) -> dict[str, Any]:
-        """Encode media in batches of frames: HF's forward() takes all at once, and videos of equal length only."""
-        media = {key: value for key, value in inputs.model_kwargs.items() if key.startswith("pixel_values")}
+    @torch.no_grad()
+    def encode_visual(self, model: Any, inputs: Inputs) -> tuple[Features, ...]:
+        """Run the vision tower in batches of frames; see Family. HF's own takes all, and videos of one length only."""
+        kwargs = inputs.to(model.device).model_kwargs
         most = max(1, vision.MAX_PATCHES // self._side**2)
-        if all(isinstance(value, Tensor) and math.prod(value.shape[:2]) <= most for value in media.values()):
-            return super()._capture(model, inputs)
-        caught = super()._capture(model, Inputs(inputs.input_ids, {}, inputs.visuals))
-        embeds = caught["inputs_embeds"].clone()
-        pieces = {"image": self._image_pieces(inputs, most), "video": self._video_pieces(inputs, most)}
-        for kind, encoded in pieces.items():
-            places, start = (inputs.input_ids == self._ids[kind]).nonzero().squeeze(1), 0
-            for count, kept, kwargs in encoded:
-                alone = Inputs(inputs.input_ids.new_full((count,), self._ids[kind]), kwargs, ())
-                features = super()._capture(model, alone)["inputs_embeds"][0, :kept]
-                embeds[0, places[start : start + kept]] = features
-                start += kept
-        return {**caught, "inputs_embeds": embeds}
+        found = {
+            "image": self._image_features(model.model, kwargs, most),
+            "video": self._video_features(model.model, kwargs.get("pixel_values_videos", ()), most),
+        }
+        return tuple(next(found[visual.kind]) for visual in inputs.visuals)
 
-    def _video_pieces(self, inputs: Inputs, most: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Yield at most `most` frames of a video at a time: tokens, how many of them count, and HF's arguments.
-
-        Only the last piece of a video keeps the newline that ends it.
-        """
-        a_frame = math.ceil(self._side / 2) ** 2
-        for video in inputs.model_kwargs.get("pixel_values_videos", ()):
-            for start in range(0, len(video), most):
-                frames = video[start : start + most]
-                count = len(frames) * a_frame + 1
-                kept = count if start + most >= len(video) else count - 1
-                yield count, kept, {"pixel_values_videos": frames[None]}
-
-    def _image_pieces(self, inputs: Inputs, most: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Yield at most `most` images at a time, as `_video_pieces`; an image alone is never cut."""
-        kwargs = {key: inputs.model_kwargs[key] for key in _IMAGE_KWARGS if key in inputs.model_kwargs}
-        if not kwargs:
+    def _image_features(self, model: Any, kwargs: dict[str, Any], most: int) -> Iterator[Features]:
+        """Encode at most `most` images at a time; an image alone, in tiles, is never cut."""
+        if "pixel_values" not in kwargs:
             return
-        if len(kwargs["pixel_values"]) == 1:
-            count = int((inputs.input_ids == self._ids["image"]).sum())
-            yield count, count, kwargs
-            return
-        batches = zip(*(torch.split(kwargs[key], most) for key in ("pixel_values", "image_sizes")), strict=True)
-        for pixels, sizes in batches:
-            count = len(pixels) * (self._side**2 + 1)
-            yield count, count, {**kwargs, "pixel_values": pixels, "image_sizes": sizes}
+        count = {"batch_num_images": kwargs["batch_num_images"]}
+        for pixels, sizes in zip(
+            *(torch.split(kwargs[key], most) for key in ("pixel_values", "image_sizes")), strict=True
+        ):
+            for rows in model.get_image_features(pixels, sizes, **count, return_dict=True).pooler_output:
+                yield Features(rows)
+
+    def _video_features(self, model: Any, videos: Sequence[Tensor] | Tensor, most: int) -> Iterator[Features]:
+        """Encode videos [frames, 3, H, W] together where they are few and of one length, else in batches of frames."""
+        if isinstance(videos, Tensor) and math.prod(videos.shape[:2]) <= most:
+            batches: Iterable[list[Tensor]] = [[videos]]
+        else:
+            batches = ([part[None] for part in torch.split(video, most)] for video in videos)
+        for batch in batches:
+            # transformers up to 5.17 leaves the newline that ends a video to the caller, 5.24 adds it
+            parts = [
+                model.get_video_features(frames, return_dict=True).pooler_output[:, : frames.shape[1] * self._pooled**2]
+                for frames in batch
+            ]
+            for rows in torch.cat(parts, 1):
+                yield Features(torch.cat([rows, model.image_newline[None].to(rows)]))
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

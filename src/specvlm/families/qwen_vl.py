@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from specvlm import vision
 from specvlm.errors import ConfigError
-from specvlm.families.base import Inputs, Visual, register
+from specvlm.families.base import Features, Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message
 from specvlm.families.pixels import (
@@ -52,6 +53,42 @@ _QWEN3_VIDEO_DEFAULTS: dict[str, Any] = _VIDEO_DEFAULTS | {
 }
 
 
+_TOWER_INPUTS = (
+    ("image", "pixel_values", "image_grid_thw"),
+    ("video", "pixel_values_videos", "video_grid_thw"),
+)
+
+
+def mrope_positions(num_tokens: int, places: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """Return the positions [3, num_tokens] of a prompt as the Qwen models were trained.
+
+    Text counts up in all three axes; a block of visual tokens adds its cells to where it begins; what follows begins at
+    one more than the largest position before it, time included.
+
+    Args:
+        num_tokens: of the prompt.
+        places: [V] int64, ascending places of the visual tokens in it.
+        blocks: cells (time, row, column) [n, 3] int64 of every run of visual tokens in a row, V in all.
+    """
+    pieces, end, start = [], 0, 0  # end: tokens done; start: the next one's position
+    ends = [0, *torch.tensor([len(block) for block in blocks]).cumsum(0).tolist()]
+    firsts = places[ends[:-1]].tolist()
+    for first, block in zip(firsts, blocks, strict=True):
+        pieces.append(torch.arange(start, start + first - end).expand(3, -1))
+        start += first - end
+        pieces.append(block.T + start)
+        start, end = int(pieces[-1].max()) + 1, first + len(block)
+    pieces.append(torch.arange(start, start + num_tokens - end).expand(3, -1))
+    return torch.cat(pieces, 1)
+
+
+def _split(sizes: Sequence[int], rows: Tensor, *deepstack: Tensor) -> Iterator[Features]:
+    """Yield the features of visuals one after another."""
+    layers = zip(*(torch.split(layer, list(sizes)) for layer in deepstack), strict=True) if deepstack else repeat(())
+    for mine, deep in zip(torch.split(rows, list(sizes)), layers, strict=False):
+        yield Features(mine, tuple(deep))
+
+
 def _bounds(settings: dict[str, Any]) -> tuple[int, int]:
     """Return the least and most pixels of a resized frame, whichever way the checkpoint spells them."""
     size = settings["size"]
@@ -69,7 +106,8 @@ class QwenVL(VisionFamily):
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         super().__init__(directory, config, tokenizer)
-        self._has_seconds = config.model_type == "qwen2_5_vl"
+        is_timed = config.model_type == "qwen2_5_vl"
+        self._tokens_per_second = float(config.vision_config.tokens_per_second) if is_timed else None
         self._processors = {
             "image": processor_settings(directory, "image", _IMAGE_DEFAULTS),
             "video": processor_settings(directory, "video", self.video_defaults),
@@ -140,12 +178,52 @@ class QwenVL(VisionFamily):
         if kind == "image":
             return {"pixel_values": pixels, "image_grid_thw": grid_thw}
         kwargs: dict[str, Any] = {"pixel_values_videos": pixels, "video_grid_thw": grid_thw}
-        if self._has_seconds:
+        if self._tokens_per_second is not None:
             kwargs["second_per_grid_ts"] = torch.tensor([e.extra for e in encoded], device=pixels.device)
         return kwargs
 
     def _layouts(self, inputs: Inputs) -> list[Tensor]:
         return [cells(*visual.grid) for visual in inputs.visuals]
+
+    @torch.no_grad()
+    def encode_visual(self, model: Any, inputs: Inputs) -> tuple[Features, ...]:
+        """Run the vision tower, all images at once and all videos at once; see Family."""
+        tower, kwargs = model.model.visual, inputs.to(model.device).model_kwargs
+        found: dict[str, Iterator[Features]] = {}
+        for kind, pixels, grid in _TOWER_INPUTS:
+            if pixels in kwargs:
+                out = tower(kwargs[pixels].type(tower.dtype), grid_thw=kwargs[grid])
+                sizes = [math.prod(visual.grid) for visual in inputs.visuals if visual.kind == kind]
+                found[kind] = _split(sizes, out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+        return tuple(next(found[visual.kind]) for visual in inputs.visuals)
+
+    @torch.no_grad()
+    def positions(self, model: Any, inputs: Inputs) -> Tensor:
+        """Return the positions [3, 1, S] of all tokens, on the device of the ids.
+
+        "trained": text goes on at one more than the largest position of all three axes, as transformers up to 4.57,
+        vLLM and Qwen's own code count, with which the weights were trained. "transformers": as the installed version
+        counts; from 5.0 on it leaves time out.
+        """
+        if inputs.text_positions == "transformers" and inputs.visuals:
+            known = {key: value for key, value in inputs.model_kwargs.items() if not key.startswith("pixel_values")}
+            found: Tensor = model.model.get_rope_index(inputs.input_ids[None], **known)[0]
+            return found
+        ids = inputs.input_ids
+        places = self._type_ids(ids).nonzero().squeeze(1).cpu()
+        return mrope_positions(ids.shape[0], places, self._blocks(inputs))[:, None].to(ids.device)
+
+    def _blocks(self, inputs: Inputs) -> list[Tensor]:
+        """Return the cells [n, 3] of each run of visual tokens in a row, time as the model counts it."""
+        seconds = iter(torch.as_tensor(inputs.model_kwargs.get("second_per_grid_ts", ())).tolist())
+        blocks = []
+        for visual in inputs.visuals:
+            block = cells(*visual.grid)
+            if visual.kind == "video" and self._tokens_per_second is not None:
+                times = block[:, 0].to(torch.float32) * next(seconds, 1.0) * self._tokens_per_second
+                block = torch.cat([times.long()[:, None], block[:, 1:]], 1)
+            blocks.append(block)
+        return blocks
 
 
 @register("qwen3_vl")
@@ -193,3 +271,11 @@ class Qwen3VL(QwenVL):
         seconds = pad_frames(frames.seconds.double(), temporal).view(steps, temporal)
         middles = ((seconds[:, 0] + seconds[:, -1]) / 2).tolist()
         return "".join(f"<{middle:.1f} seconds>{self._step}" for middle in middles), (rows * columns,) * steps
+
+    def _blocks(self, inputs: Inputs) -> list[Tensor]:
+        """Return the cells [n, 3] of each run: every time step of a video is one by itself, so time never counts on."""
+        blocks = []
+        for visual in inputs.visuals:
+            steps, rows, columns = visual.grid
+            blocks += [cells(1, rows, columns)] * steps
+        return blocks
