@@ -91,7 +91,7 @@ def test_an_unknown_kind_of_layer_runs_on_the_modules():
     silu = prefilled(SpecVLM(model)).logits
     text = model.hf.model.language_model
     text.layers[1].mlp.act_fn = torch.nn.GELU()
-    assert not is_supported(text, model.device)
+    assert not is_supported(text, model.hf.lm_head, model.device)
     other = VideoLM(model.hf, model.family)
     assert other.decoder is None
     start = prefilled(SpecVLM(other))

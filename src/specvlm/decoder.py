@@ -24,6 +24,7 @@ from specvlm.kernels.norm import add_rms_norm
 from specvlm.kernels.quant import MAX_ROWS, Around, QuantWeight, quant_linear_around, quantize, squares_of
 from specvlm.kernels.rope import rope_and_store
 from specvlm.kernels.tree_attention import is_served
+from specvlm.plain import FLOATS, is_linear, is_plain, is_untouched
 
 Weight = Tensor | QuantWeight
 # layer, query [T, H, d], keys, values [H_kv, capacity, d] -> [T, H, d]
@@ -165,25 +166,54 @@ class Decoder:
         return add_rms_norm(stream, None, self._final_norm, eps, pdl=pdl)[0]
 
 
-def is_supported(text: Any, device: torch.device) -> bool:
-    """Whether the layers of a Hugging Face language model are what the fused decoder computes, on this device."""
-    if not hasattr(text.norm, "variance_epsilon") or not all(_is_llama_like(layer) for layer in text.layers):
+def is_supported(text: Any, head: Any, device: torch.device) -> bool:
+    """Whether a Hugging Face language model and its head are what the fused code computes, on this device.
+
+    Every module must be of transformers' own class and untouched, with plain weights: see `specvlm.plain`.
+    """
+    like = getattr(getattr(text, "norm", None), "weight", None)
+    if like is None or like.dtype not in FLOATS or like.device != device:
+        return False
+    is_known = type(text).__module__.startswith("transformers.models.") and is_untouched(text)
+    if not (is_known and is_linear(head, like, has_bias=False) and _is_norm(text.norm, text, like)):
+        return False
+    if not all(_is_llama_like(layer, text, like) for layer in text.layers):
         return False
     return device.type != "cuda" or is_served(text.layers[0].self_attn.head_dim)
 
 
-def _is_llama_like(layer: Any) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
-    linears += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    if not all(type(module) is nn.Linear for module in linears):
-        return False
-    if any(getattr(mlp, f"{name}_proj").bias is not None for name in ("gate", "up", "down")):
-        return False
-    act = getattr(mlp, "act_fn", None)
+def _is_llama_like(layer: Any, text: Any, like: Tensor) -> bool:
     known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    return {name for name, _ in layer.named_children()} == known and (
-        isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+    if {name for name, _ in layer.named_children()} != known:
+        return False
+    attention, mlp, first = layer.self_attn, layer.mlp, text.layers[0].self_attn
+    parts, norms = (layer, attention, mlp), [layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(type(part).__module__ == type(text).__module__ and is_untouched(part) for part in parts):
+        return False
+    heads, gates = dict(attention.named_children()), dict(mlp.named_children())
+    norms += [heads.pop(name) for name in ("q_norm", "k_norm") if name in heads]
+    if heads.keys() != {f"{name}_proj" for name in "qkvo"} or not gates.keys() >= {"gate_proj", "up_proj", "down_proj"}:
+        return False
+    act = gates.pop("act_fn", mlp.act_fn)
+    bias = getattr(heads["q_proj"], "bias", None) is not None
+    return (
+        all(is_linear(heads[f"{name}_proj"], like, has_bias=bias) for name in "qkv")
+        and is_linear(heads["o_proj"], like, has_bias=getattr(heads["o_proj"], "bias", None) is not None)
+        and all(is_linear(module, like, has_bias=False) for module in gates.values())
+        and all(_is_norm(norm, text, like) for norm in norms)
+        and (isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation")
+        and is_untouched(act)
+        and (attention.scaling, attention.head_dim) == (first.scaling, first.head_dim)
+    )
+
+
+def _is_norm(norm: Any, text: Any, like: Tensor) -> bool:
+    """Whether a norm is the language model's own root mean square norm."""
+    return (
+        type(norm) is type(text.norm)
+        and type(norm).__module__ == type(text).__module__
+        and getattr(norm, "variance_epsilon", None) == getattr(text.norm, "variance_epsilon", 0)
+        and is_plain(norm, like)
     )
 
 

@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from specvlm import attention, tree
 from specvlm.checkpoint import Checkpoint, refusals
-from specvlm.config import shown
 from specvlm.decoder import Decoder, Weight, is_supported
 from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families import Family, Features, Inputs, Prompt
@@ -42,17 +41,19 @@ class VideoLM:
         self.name = name
         self.tokenizer = family.tokenizer
         self.model_type: str = hf.config.model_type
-        self.device: torch.device = hf.lm_head.weight.device
-        self.vocab_size: int = hf.lm_head.weight.shape[0]
+        embeddings = hf.get_input_embeddings().weight  # of the model's own type, whatever became of the other weights
+        self.device: torch.device = _device_of(hf, name)
+        self.vocab_size: int = hf.lm_head.out_features
         self.context_len: int = text.max_position_embeddings
         language_model = hf.model.language_model
-        self.decoder = Decoder(language_model) if is_supported(language_model, self.device) else None
+        is_fused = is_supported(language_model, hf.lm_head, self.device)
+        self.decoder = Decoder(language_model) if is_fused else None  # else the modules run as they are
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.num_layers = int(text.num_hidden_layers)
         self.kv_shape = (self.num_layers, int(text.num_key_value_heads), int(head_dim))  # layers, heads, d
         self.quant: str | None = None  # format of the language layers' weights
-        self.head: Weight = hf.lm_head.weight  # [vocab, D]
-        self.dtype: torch.dtype = hf.lm_head.weight.dtype
+        self.head: Weight = getattr(hf.lm_head, "weight", embeddings)  # [vocab, D]; fused layers alone read it
+        self.dtype: torch.dtype = embeddings.dtype
         self.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
         self.eos_ids = _eos_ids(hf, self.tokenizer, name)
@@ -218,19 +219,14 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: it does not exist here.
     """
-    if not isinstance(device, str | torch.device):
-        raise ConfigError(f"device={shown(device)} is not allowed: auto, cpu, cuda, or cuda:1 and so on")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=device)
         probe.cpu()  # a device without memory, such as meta, computes nothing
-        place = probe.device
+        return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={shown(device)} is not available: {_first_line(error)}; try auto or cpu") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={shown(device)} is not served: choose auto, cpu, cuda, or cuda:1 and so on")
-    return place if place.type == "cuda" else torch.device("cpu")
+        raise ConfigError(f"device={device!r} is not available: {_first_line(error)}; try auto or cpu") from error
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -240,10 +236,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         ConfigError: it is unknown.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(dtype, str) and dtype == "auto":
+    if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not isinstance(dtype, str) or dtype not in names:
-        raise ConfigError(f"dtype={shown(dtype)} is not allowed: auto, {', '.join(names)}")
+    if dtype not in names:
+        raise ConfigError(f"dtype={dtype!r} is not allowed: auto, {', '.join(names)}")
     return names[dtype]
 
 
@@ -253,8 +249,8 @@ def check_quant(format: str, device: torch.device) -> None:
     Raises:
         ConfigError: the formats that would do are named.
     """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ConfigError(f"draft_quant={shown(format)} is not allowed: {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise ConfigError(f"draft_quant={format!r} is not allowed: {', '.join(FORMATS)}")
     if not is_served(format, device):
         served = [other for other in FORMATS if is_served(other, device)]
         remedy = f"choose {' or '.join(served)}, or leave it out" if served else "leave it out"
@@ -343,6 +339,19 @@ def _progress(name: str, directory: str, place: torch.device, watch: Callable[[s
     finally:
         is_done.set()
         thread.join()
+
+
+def _device_of(hf: Any, name: str) -> torch.device:
+    """Return the one device on which all weights lie.
+
+    Raises:
+        UnsupportedModel: there are several, or some weights are offloaded.
+    """
+    devices: set[torch.device] = {weight.device for weight in hf.parameters()}
+    if len(devices) != 1 or torch.device("meta") in devices:
+        places = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedModel(f"{name}: its weights lie on {places}: load it on one device")
+    return devices.pop()
 
 
 def _eos_ids(hf: Any, tokenizer: Any, name: str) -> frozenset[int]:

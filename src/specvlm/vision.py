@@ -20,6 +20,7 @@ from specvlm.decoder import joined
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.norm import add_rms_norm
 from specvlm.kernels.rope import rope_and_store
+from specvlm.plain import FLOATS, is_linear, is_plain, is_untouched
 
 MAX_PATCHES = 16384  # of one batch: enough rows for full speed, few enough for their activations (0.5 GiB in bf16)
 
@@ -32,16 +33,38 @@ Grid = Sequence[int]  # time steps, rows and columns of one video or image, in p
 def install(tower: Any) -> None:
     """Make a loaded Qwen tower (`model.model.visual`) run as described above; a second call changes nothing.
 
+    A tower of other modules or weights than transformers' own runs as it is.
+
     Args:
         tower: Qwen2-VL's, Qwen2.5-VL's or Qwen3-VL's vision model, on its device.
     """
-    if isinstance(tower.forward, FrameBatches):
+    if isinstance(tower.forward, FrameBatches) or not is_supported(tower):
         return
     tower.patch_embed.forward = partial(_embed, tower.patch_embed.proj)
     for block in tower.blocks:
         _align(block.mlp)
         block.forward = Block(block)
     tower.forward = FrameBatches(tower)
+
+
+def is_supported(tower: Any) -> bool:
+    """Whether a tower's modules are what `install` replaces: transformers' own, untouched, with plain weights."""
+    origin, conv = type(tower).__module__, tower.patch_embed.proj
+    like = conv.weight
+    if not (origin.startswith("transformers.models.") and like.dtype in FLOATS and is_plain(conv, like)):
+        return False
+    blocks = [part for block in tower.blocks for part in (block, block.attn, block.mlp)]
+    known = (tower, tower.patch_embed, *blocks)
+    if not all(type(module).__module__ == origin and is_untouched(module) for module in known):
+        return False
+    return type(conv) is nn.Conv3d and all(_is_plain_block(block, like) for block in tower.blocks)
+
+
+def _is_plain_block(block: Any, like: Tensor) -> bool:
+    """Whether all weights of a block are plain."""
+    linears = [block.attn.qkv, block.attn.proj, *(part for part in block.mlp.children() if hasattr(part, "weight"))]
+    are_linear = all(is_linear(part, like, has_bias=part.bias is not None) for part in linears if hasattr(part, "bias"))
+    return are_linear and all(is_plain(norm, like) for norm in (block.norm1, block.norm2))
 
 
 def batches(grids: Sequence[Grid], most: int) -> list[list[tuple[int, int, int]]]:
