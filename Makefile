@@ -1,62 +1,84 @@
 # make demo: install into .venv and describe the shipped clip with the bundled pair.
 # make test: install into .venv and run all checks.
+# make test-latest: the same with the newest version of everything, in .venv-latest.
+# make lock: choose the versions that all others install, requirements/*.txt. What is locked stays; UPGRADE=1 takes what is
+#   newest. Made with Python 3.11 on Linux x86_64; elsewhere what the lists lack is installed unpinned.
 # Python 3.11 or newer is all that must be there.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 CLIP := src/specvlm/bundled/clips/example.mp4
 
-.PHONY: demo test lint report studies plots clean
+# Versions without hashes: one list serves torch's CPU and CUDA builds, and pip takes no hashes beside an editable install.
+LOCK ?= -c requirements/constraints.txt
+LOCK_OLDER ?= -c requirements/older.txt
+LMMS_EVAL ?= lmms_eval==0.7.3
+INSTALL := $(BIN)/python -m pip install -q
+COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q $(if $(UPGRADE),--upgrade) --strip-extras --allow-unsafe \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-# torch comes first and pinned: left to itself, pip takes a build with several gigabytes of GPU packages
-.venv/demo: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e .
+.PHONY: demo test test-latest lint lock report studies plots clean
+
+$(VENV)/base: requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(LOCK) pip setuptools
 	touch $@
 
-.venv/report: .venv/demo
-	$(BIN)/pip install -q -e ".[bench]"
+$(VENV)/demo: $(VENV)/base pyproject.toml
+	$(INSTALL) $(LOCK) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/report: $(VENV)/demo
+	$(INSTALL) $(LOCK) --no-build-isolation -e ".[bench]"
 	touch $@
 
 # Beside the environment, never in it: torchvision, the oracle for pixels, which without its own build of torch breaks
-# transformers when it is imported, lmms-eval, which asks for an older av, and the older transformers that is served.
-.venv/test: .venv/demo
-	$(BIN)/pip install -q -e ".[test,bench]" "transformers==5.23.0" "triton==3.9.0"
-	$(BIN)/pip install -q --no-deps --target .venv/oracle torchvision==0.28.0
-	$(BIN)/pip install -q --no-deps --target .venv/lmms -r tests/lmms_task/requirements.txt
-	$(BIN)/pip install -q --no-deps --target .venv/older transformers==5.17.0 "huggingface_hub<2"
+# transformers when it is imported, and the older transformers that is served.
+$(VENV)/test: $(VENV)/demo requirements/lmms.in requirements/older.txt
+	$(INSTALL) $(LOCK) --no-build-isolation -e ".[test,bench]" -r requirements/lmms.in
+	$(INSTALL) --no-deps $(LMMS_EVAL)
+	$(INSTALL) $(LOCK) --no-deps --upgrade --target $(VENV)/oracle torchvision
+	$(INSTALL) $(LOCK_OLDER) --no-deps --upgrade --target $(VENV)/older -r requirements/older.in
 	touch $@
 
-demo: .venv/demo
+demo: $(VENV)/demo
 	$(BIN)/specvlm describe $(CLIP) "Describe the video in detail." --stats
 	$(BIN)/specvlm compare $(CLIP) "Describe the video in detail."
 
-lint: .venv/test
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread a process: two would wait for each other at every small product as soon as both cores are busy.
+test report: export OMP_NUM_THREADS = 1
+
 test: lint
 	$(BIN)/pytest -n 2
-	PYTHONPATH=.venv/lmms $(BIN)/pytest tests/test_lmms.py
-	PYTHONPATH=.venv/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py
+	PYTHONPATH=$(VENV)/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py
 
-# the report of the bundled pair on its 40 held-out clips: build/report/report.html. One thread: a second one gains little
-# on models so small, and where another process takes its core, both wait.
-report: .venv/report
-	OMP_NUM_THREADS=1 $(BIN)/specvlm bench quality --out build/report
+test-latest:
+	$(MAKE) test VENV=.venv-latest LOCK= LOCK_OLDER= LMMS_EVAL=lmms_eval
+
+lock: $(VENV)/base
+	$(INSTALL) $(LOCK) pip-tools
+	$(COMPILE) --all-extras -o requirements/constraints.txt pyproject.toml requirements/constraints.in
+	$(COMPILE) -o requirements/older.txt requirements/older.in
+
+# the report of the bundled pair on its 40 held-out clips: build/report/report.html
+report: $(VENV)/report
+	$(BIN)/specvlm bench quality --out build/report
 
 # what docs/studies.md teaches, measured again into build/studies; about an hour on one core
-studies: .venv/report
+studies: $(VENV)/report
 	BIN=$(BIN) bash results/cpu/studies/run.sh build/studies
 
 # every plot of docs/plots, from the data in results/
-plots: .venv/report
+plots: $(VENV)/report
 	$(BIN)/specvlm bench speed --plots docs/plots --from results/h200/speed-32b.jsonl results/h200/drafts-32b-quant.jsonl \
 	  results/h200/speed-small.jsonl results/h200/drafts-qwen3.jsonl results/h200/drafts-llava.jsonl >/dev/null
 	$(BIN)/specvlm report results/cpu/studies/pruners -o build/pruners >/dev/null
 	cp build/pruners/plots/mat-over-keep-ratio.png docs/plots/pruners-mat.png
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-latest build dist *.egg-info

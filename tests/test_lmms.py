@@ -1,13 +1,16 @@
 """lmms-eval runs specvlm as a model: the entry point, the translation of its requests, and its command on a local task.
 
-Needs lmms-eval in a folder of its own, as `make test` installs it: PYTHONPATH=.venv/lmms pytest tests/test_lmms.py
+Needs lmms-eval, installed as `make test` does.
 """
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import distribution, entry_points
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ import pytest
 import tiny
 from PIL import Image
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: see tests/lmms_task/requirements.txt")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: see the Makefile")
 
 import lmms_eval.models
 from lmms_eval.api.instance import Instance
@@ -30,7 +33,8 @@ from specvlm.lmms import model as adapter
 from specvlm.lmms.model import LmmsModel, to_settings
 from specvlm.media import Frames
 
-TASK = Path(__file__).parent / "lmms_task"
+ROOT = Path(__file__).parent.parent
+TASK = ROOT / "tests" / "lmms_task"
 PAIR = {"target": tiny.checkpoint("qwen2_5_vl", "target"), "draft": tiny.checkpoint("qwen2_5_vl", "near")}
 
 
@@ -329,14 +333,16 @@ def test_any_media_give_the_text_that_the_pair_gives(tmp_path):
 
 
 def test_lmms_eval_scores_a_local_task_and_logs_acceptance_and_speed(tmp_path):
-    folders = os.pathsep.join(str(Path(name).resolve()) for name in os.environ["PYTHONPATH"].split(os.pathsep))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": folders}
-    command = [
-        sys.executable, "-m", "lmms_eval", "--model", "specvlm", "--model_args", "tree=paper,device=cpu",
-        "--tasks", "specvlm_clips,specvlm_rounds", "--include_path", str(TASK), "--limit", "2",
-        "--output_path", str(tmp_path / "out"), "--log_samples",
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    program, *options = documented_command()
+    replaced = {
+        "--model_args": "tree=paper,device=cpu",
+        "--tasks": "specvlm_clips,specvlm_rounds",
+        "--output_path": str(tmp_path / "out"),
+    }
+    options = [replaced.get(before, word) for before, word in pairwise(["", *options])]
+    command = [str(Path(sys.executable).parent / program), *options, "--include_path", str(TASK), "--limit", "2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (tmp_path / "out").exists(), done.stdout + done.stderr
     (file,) = (tmp_path / "out").glob("*_results.json")
     content = json.loads(file.read_text())
@@ -370,6 +376,21 @@ def test_lmms_eval_scores_a_local_task_and_logs_acceptance_and_speed(tmp_path):
     assert throughput["avg_acceptance_length"] == pytest.approx(1 + sum(lengths) / 2)
     assert throughput["avg_speed"] > 0
     assert "avg_mean_accepted_length" in done.stdout.partition("Throughput Summary")[2]
+
+
+def documented_command():
+    """Return the words of the command of docs/evaluation.md."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").replace("\\\n", "")
+    (command,) = re.findall(r"^(\S+ --model specvlm .*)$", text, re.M)
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/evaluation.md"])
+def test_the_documented_program_is_one_that_lmms_eval_installs(name):
+    programs = set(re.findall(r"(\S*lmms\S*) --model", (ROOT / name).read_text(encoding="utf-8").replace("`", " ")))
+    installed = {script.name for script in distribution("lmms_eval").entry_points.select(group="console_scripts")}
+    assert programs <= installed
+    assert programs == {documented_command()[0]}
 
 
 def samples(folder, kind):

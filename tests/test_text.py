@@ -1,7 +1,11 @@
 """Streamed text: whole characters, stop strings, no end-of-sequence token."""
 
+import random
+
 import pytest
 import tiny
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from specvlm.text import TextStream
 
@@ -51,3 +55,77 @@ def test_a_stop_string_that_only_begins_is_shown_after_all():
     chunks = stream("red and bl", stop=("blue",))
     assert "".join(chunk.text for chunk in chunks) == "red and bl"
     assert chunks[-1].finish_reason == "stop"
+
+
+def sentencepiece():
+    """A Llama-like tokenizer: words that begin with a mark, bytes as tokens of their own, the first space stripped."""
+    words = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "\n", "東", "▁東京"]
+    vocab = {word: place for place, word in enumerate(["<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words])}
+    inner = Tokenizer(models.BPE(vocab, [], byte_fallback=True, fuse_unk=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    inner.add_tokens([AddedToken("<think>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
+TOKENIZERS = {"byte-level": TOKENIZER, "sentencepiece": sentencepiece()}
+
+
+def random_ids(tokenizer, generator):
+    """Ids of all kinds: any, bytes alone, specials, ids without a name, one id again and again, whole words."""
+    size = len(tokenizer)
+    kind = generator.randrange(6)
+    length = generator.randrange(1, 60)
+    if kind == 0:
+        return [generator.randrange(size) for _ in range(length)]
+    if kind == 1:
+        return [generator.randrange(2, 258) for _ in range(length)]
+    if kind == 2:
+        return [generator.choice([*tokenizer.added_tokens_decoder, 5, size + 3]) for _ in range(length)]
+    if kind == 3:
+        return [generator.randrange(size)] * length
+    return tokenizer.encode("".join(generator.choice("a b\n東京🙂é") for _ in range(length)))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_ids_give_the_text_of_decode(name):
+    tokenizer, generator = TOKENIZERS[name], random.Random(0)
+    eos = tokenizer.eos_token_id
+    for _ in range(600):
+        ids = random_ids(tokenizer, generator)
+        stop = generator.choice([(), ("never there",), ("\ufffe", "ab東京 never")])
+        pieces, text, at = TextStream(tokenizer, {eos}, stop), "", 0
+        while at < len(ids):
+            size = generator.randrange(1, 9)
+            part, at = ids[at : at + size], at + size
+            text += pieces.add(part, "length" if at >= len(ids) else None).text
+        kept = [token for token in ids if token != eos]
+        assert text == tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False), ids
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.decoded = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids, **options):
+        self.decoded += len(ids)
+        return self._tokenizer.decode(ids, **options)
+
+
+@pytest.mark.parametrize("stop", [(), ("never there",)])
+@pytest.mark.parametrize("text", ["a ball rolls to the left ", "東京🙂", "broken", "special"])
+def test_a_token_costs_the_same_however_long_the_text_is(text, stop):
+    broken = TOKENIZER.encode("🙂")[:1]
+    ids = {"broken": broken, "special": [EOS - 1]}.get(text) or TOKENIZER.encode(text)
+    tokenizer = Counting(TOKENIZER)
+    pieces = TextStream(tokenizer, {EOS}, stop)
+    for _ in range(3000 // len(ids)):
+        for token in ids:
+            pieces.add([token], None)
+    assert tokenizer.decoded <= 60 * 3000

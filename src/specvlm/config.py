@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import UnionType
@@ -20,27 +22,79 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of a field's type; an int serves as a float, a bool as nothing else."""
+_LEAST_INT, _MOST_INT = -(2**63), 2**63 - 1  # what tensors hold
+_SHOWN = 80  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: on one line, not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whatever a stranger's object does; a number of more than 4,300 digits, for one
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _plain(value: object, hint: Any) -> Any:
+    """Return a value as one of Python's own types; an int serves as a float, a str as a tuple, a bool as nothing else.
+
+    Raises:
+        TypeError: it is not of a field's type.
+    """
     if get_origin(hint) is UnionType:
-        return any(_fits(value, option) for option in get_args(hint))
+        return _plain_of_one(value, get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint in (int, float):
-        kind = Integral if hint is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
+        items = (value,) if isinstance(value, str) else value
+        if isinstance(items, tuple | list):
+            return tuple(_plain(item, get_args(hint)[0]) for item in items)
+    elif hint is str and isinstance(value, str):
+        return str.__str__(value)
+    elif hint in (int, float):
+        return _plain_number(value, hint)
+    elif type(value) is hint:
+        return value
+    raise TypeError
 
 
-def _check_types(config: Any) -> None:
+def _plain_of_one(value: object, hints: Sequence[Any]) -> Any:
+    for hint in hints:
+        with suppress(TypeError):
+            return _plain(value, hint)
+    raise TypeError
+
+
+def _plain_number(value: object, kind: type[int] | type[float]) -> int | float:
+    if isinstance(value, bool):
+        raise TypeError
+    if kind is int and isinstance(value, Integral) and _LEAST_INT <= int(value) <= _MOST_INT:
+        return int(value)
+    if kind is float and isinstance(value, Real):
+        with suppress(OverflowError):  # of a large int
+            number = float(value) + 0.0  # -0.0 becomes 0.0
+            if math.isfinite(number):
+                return number
+    raise TypeError
+
+
+def _make_plain(config: Any) -> None:
+    """Bring the values of a config that is being made to Python's own types, so that it compares and prints as it is.
+
+    Raises:
+        ConfigError: a value is not of its field's type.
+    """
     for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         kind = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-        _require(_fits(getattr(config, name), hint), name, getattr(config, name), f"it must be {kind or hint}")
+        bounds = " between -2^63 and 2^63" if hint in (int, int | None) and isinstance(value, Integral) else ""
+        try:
+            object.__setattr__(config, name, _plain(value, hint))
+        except TypeError as error:
+            raise ConfigError(f"{name}={shown(value)} is not allowed: it must be {kind or hint}{bounds}") from error
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={value!r} is not allowed: {allowed}")
+        raise ConfigError(f"{name}={shown(value)} is not allowed: {allowed}")
 
 
 DEFAULT_FPS = 2.0  # what Qwen's processors sample at
@@ -80,7 +134,7 @@ class VideoConfig:
     timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _make_plain(self)
         if self.num_frames is not None:
             _require(self.num_frames >= 1, "num_frames", self.num_frames, "at least 1")
             _require(self.fps is None, "fps", self.fps, "give num_frames or fps, not both")
@@ -97,7 +151,7 @@ class VideoConfig:
         self._check_pixels()
         _require(self.fit in ("thin", "error"), "fit", self.fit, "thin or error")
         _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
-        _require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
+        _require(0 < self.timeout <= 1e6, "timeout", self.timeout, "above 0 and at most 1,000,000 seconds")
         known = ("trained", "transformers")
         _require(self.text_positions in known, "text_positions", self.text_positions, "trained or transformers")
 
@@ -156,7 +210,7 @@ class PruneConfig:
     prune_seed: int = _setting(0, "seed of the random pruner")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _make_plain(self)
         _require(0 < self.keep_ratio <= 1, "keep_ratio", self.keep_ratio, "above 0 and at most 1 (1 prunes nothing)")
         if self.keep_tokens is not None:
             _require(self.keep_tokens >= 1, "keep_tokens", self.keep_tokens, "at least 1")
@@ -166,10 +220,11 @@ class PruneConfig:
         _require(self.window in ("front", "middle", "back"), "window", self.window, "front, middle or back")
         known = ("text", "last_turn", "last")
         _require(self.score_rows in known, "score_rows", self.score_rows, "text, last_turn or last")
-        is_list = re.fullmatch(r"-?\d+(,-?\d+)*", self.score_layers) is not None
+        is_list = re.fullmatch(r"-?[0-9]{1,9}(,-?[0-9]{1,9})*", self.score_layers) is not None
         allowed = "all, last, or numbers with commas between them"
         _require(is_list or self.score_layers in ("all", "last"), "score_layers", self.score_layers, allowed)
         _require(self.positions in ("original", "repacked"), "positions", self.positions, "original or repacked")
+        _require(0 <= self.prune_seed < 2**63, "prune_seed", self.prune_seed, "from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -190,14 +245,16 @@ class SamplingConfig:
     ignore_eos: bool = _setting(False, "go on after an end-of-sequence token")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _make_plain(self)
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         is_usable = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
         _require(is_usable, "temperature", self.temperature, "0 (greedy), or from 0.001 to 1000")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "from 0 to below 1")
-        _require(self.penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        least, most = PENALTIES
+        is_penalty = least <= self.penalty <= most
+        _require(is_penalty, "repetition_penalty", self.repetition_penalty, f"from {least:g} to {most:g} (1 is none)")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
         _require(all(self.stop), "stop", self.stop, "no empty string")
 
@@ -239,7 +296,7 @@ class DraftConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _make_plain(self)
         _require(0 <= self.lookup_tokens <= 32, "lookup_tokens", self.lookup_tokens, "from 0 to 32")
         _require(self.refresh >= 0, "refresh", self.refresh, "0 or more rounds")
 
@@ -259,7 +316,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _make_plain(self)
 
 
 @dataclass(frozen=True)
@@ -272,13 +329,15 @@ class EngineConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        _make_plain(self)
+
     def replace(self, **settings: Any) -> EngineConfig:
         """Return a config with these settings changed, by their flat names (`keep_ratio=0.2, seed=1`).
 
         Raises:
             ConfigError: a name is unknown (the known ones are listed) or a value is not allowed.
         """
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         owners = {f.name: part.name for part in fields(self) for f in fields(getattr(self, part.name))}
         if unknown := sorted(set(settings) - set(owners)):
             raise ConfigError(f"unknown setting {unknown[0]!r}: known are {', '.join(sorted(owners))}")
@@ -315,5 +374,5 @@ def parsed(name: str, text: str) -> Any:
     try:
         value = kind(text)
     except ValueError as error:
-        raise ConfigError(f"{name}={text!r} is not allowed: it must be {kind.__name__}") from error
+        raise ConfigError(f"{name}={shown(text)} is not allowed: it must be {kind.__name__}") from error
     return (value,) if get_origin(hint) is tuple else value

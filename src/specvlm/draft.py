@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specvlm import attention, policy, tree, verify
 from specvlm.account import Seconds
-from specvlm.config import DraftConfig, PruneConfig, SamplingConfig
+from specvlm.config import DraftConfig, PruneConfig, SamplingConfig, shown
 from specvlm.errors import ConfigError
 from specvlm.families import Inputs, Prompt
 from specvlm.growth import HEAD, Growth, merged
@@ -121,10 +121,10 @@ def check(config: DraftConfig) -> None:
             pass cannot verify the tree and the looked-up tokens.
     """
     if config.drafter not in DRAFTERS:
-        raise ConfigError(f"drafter={config.drafter!r} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
+        raise ConfigError(f"drafter={shown(config.drafter)} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
     most = tree.MAX_NODES - len(tree.parse(config.tree))
     if config.lookup_tokens > most:
-        allowed = f"at most {most} beside tree={config.tree!r}: a pass verifies {tree.MAX_NODES}"
+        allowed = f"at most {most} beside tree={shown(config.tree)}: a pass verifies {tree.MAX_NODES}"
         raise ConfigError(f"lookup_tokens={config.lookup_tokens} is not allowed: {allowed}")
     if config.policy is not None:
         policy.check(config.policy)

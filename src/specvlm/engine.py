@@ -21,7 +21,7 @@ from torch import Tensor
 from specvlm import costs, effects, media, prune, sources, tree, verify
 from specvlm import draft as drafting
 from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
-from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig
+from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
 from specvlm.draft import Context, Drafter
 from specvlm.errors import CapacityError, ConfigError
 from specvlm.families import Inputs, Limits, Medium, Message, Prompt, last_words, parse, texts
@@ -130,6 +130,9 @@ class SpecVLM:
             UnsupportedModel: a checkpoint cannot be read or served, or the two do not fit each other.
             ConfigError: a setting is unknown or not allowed.
         """
+        for name, value in (("target", target), ("draft", draft)):
+            if not isinstance(value, str | os.PathLike | None):
+                raise ConfigError(f"{name}={shown(value)} is not allowed: give a Hugging Face directory or hub id")
         if draft == "self":
             settings.setdefault("drafter", "self")
         config = _checked(EngineConfig().replace(**settings))

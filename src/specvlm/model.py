@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from specvlm import attention, tree
 from specvlm.checkpoint import Checkpoint, refusals
+from specvlm.config import shown
 from specvlm.decoder import Decoder, Weight, is_supported
 from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families import Family, Features, Inputs, Prompt
@@ -219,14 +220,19 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: it does not exist here.
     """
+    if not isinstance(device, str | torch.device):
+        raise ConfigError(f"device={shown(device)} is not allowed: auto, cpu, cuda, or cuda:1 and so on")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=device)
         probe.cpu()  # a device without memory, such as meta, computes nothing
-        return probe.device
+        place = probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} is not available: {_first_line(error)}; try auto or cpu") from error
+        raise ConfigError(f"device={shown(device)} is not available: {_first_line(error)}; try auto or cpu") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={shown(device)} is not served: choose auto, cpu, cuda, or cuda:1 and so on")
+    return place if place.type == "cuda" else torch.device("cpu")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -236,10 +242,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         ConfigError: it is unknown.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in names:
-        raise ConfigError(f"dtype={dtype!r} is not allowed: auto, {', '.join(names)}")
+    if not isinstance(dtype, str) or dtype not in names:
+        raise ConfigError(f"dtype={shown(dtype)} is not allowed: auto, {', '.join(names)}")
     return names[dtype]
 
 
@@ -249,8 +255,8 @@ def check_quant(format: str, device: torch.device) -> None:
     Raises:
         ConfigError: the formats that would do are named.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"draft_quant={format!r} is not allowed: {', '.join(FORMATS)}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ConfigError(f"draft_quant={shown(format)} is not allowed: {', '.join(FORMATS)}")
     if not is_served(format, device):
         served = [other for other in FORMATS if is_served(other, device)]
         remedy = f"choose {' or '.join(served)}, or leave it out" if served else "leave it out"

@@ -17,6 +17,7 @@ from typing import Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from specvlm.config import shown
 from specvlm.errors import ConfigError
 from specvlm.tree import MAX_NODES, NUM_RANKS, PLAIN, Shape, Tree
 
@@ -433,4 +434,4 @@ def check(name: str) -> None:
         ConfigError: the name is neither auto nor fixed.
     """
     if name not in ("auto", "fixed"):
-        raise ConfigError(f"policy={name!r} is not allowed: auto or fixed")
+        raise ConfigError(f"policy={shown(name)} is not allowed: auto or fixed")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm.config import PruneConfig
+from specvlm.config import PruneConfig, shown
 from specvlm.errors import ConfigError
 
 Pruner = Callable[..., Tensor]
@@ -56,7 +56,7 @@ def get(name: str) -> Pruner:
         ConfigError: there is none; the message lists the known.
     """
     if name not in PRUNERS:
-        raise ConfigError(f"pruner={name!r} is not allowed: known are {', '.join(sorted(PRUNERS))}")
+        raise ConfigError(f"pruner={shown(name)} is not allowed: known are {', '.join(sorted(PRUNERS))}")
     return PRUNERS[name]
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from specvlm.config import shown
 from specvlm.errors import ConfigError
 
 # SpecVLM (arXiv 2508.16201), section 4: 25 nodes, level widths 4/8/8/3/2, as child-rank paths.
@@ -96,18 +97,20 @@ def from_paths(paths: Iterable[str]) -> Tree:
     """Build a tree from child-rank paths: "02" is the third choice after the first choice.
 
     Raises:
-        ConfigError: a path is not made of digits, stands twice, or lacks its parent, or there are too many.
+        ConfigError: a path is not made of digits, stands twice, or lacks its parent, or there are too many or none.
     """
     ordered = sorted(paths, key=lambda path: (len(path), path))
+    if not ordered:
+        raise ConfigError("tree=() is not allowed: give paths such as 0,1,00, or drafter='none' to draft nothing")
     if len(ordered) > MAX_NODES:
         raise ConfigError(f"tree has {len(ordered)} nodes: at most {MAX_NODES} are allowed")
     index: dict[str, int] = {"": -1}
     parents = []
     for node, path in enumerate(ordered):
         if not (path.isascii() and path.isdigit()) or path in index:
-            raise ConfigError(f"tree path {path!r} is not allowed: a path is a row of digits and stands once")
+            raise ConfigError(f"tree path {shown(path)} is not allowed: a path is a row of digits and stands once")
         if path[:-1] not in index:
-            raise ConfigError(f"tree path {path!r} has no parent: add {path[:-1]!r}")
+            raise ConfigError(f"tree path {shown(path)} has no parent: add {shown(path[:-1])}")
         index[path] = node
         parents.append(index[path[:-1]])
     return Tree(tuple(parents), tuple(int(path[-1]) for path in ordered))
@@ -132,29 +135,34 @@ def parse(spec: str | Iterable[str]) -> Tree | Shape:
         return from_paths(PAPER_PATHS)
     name, _, size = spec.partition(":")
     if name == "chain":
-        if not (size.isascii() and size.isdigit()):
-            raise ConfigError(f"tree={spec!r} is not allowed: write chain:N with a number N, such as chain:5")
+        if not _is_number(size):
+            raise ConfigError(f"tree={shown(spec)} is not allowed: write chain:N with a number N, such as chain:5")
         return chain(int(size))
     if name == "dynamic":
         return _dynamic(spec, size or "25:5")
     if spec[:1].isalpha() or not spec:
-        raise ConfigError(f"tree={spec!r} is not allowed: dynamic, paper, chain:N, or paths such as 0,1,00,01")
+        raise ConfigError(f"tree={shown(spec)} is not allowed: dynamic, paper, chain:N, or paths such as 0,1,00,01")
     return from_paths(path.strip() for path in spec.split(","))
+
+
+def _is_number(text: str) -> bool:
+    """Whether text is a number of few digits."""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _dynamic(spec: str, size: str) -> Shape:
     numbers = size.split(":")
-    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ConfigError(f"tree={spec!r} is not allowed: write dynamic:NODES:DEPTH, such as dynamic:25:5")
+    if len(numbers) != 2 or not all(map(_is_number, numbers)):
+        raise ConfigError(f"tree={shown(spec)} is not allowed: write dynamic:NODES:DEPTH, such as dynamic:25:5")
     nodes, depth = map(int, numbers)
     if not (1 <= nodes <= MAX_NODES and 1 <= depth <= min(MAX_DEPTH, nodes)):
         allowed = f"1 to {MAX_NODES} nodes, a depth from 1 to {MAX_DEPTH} and to the nodes"
-        raise ConfigError(f"tree={spec!r} is not allowed: {allowed}")
+        raise ConfigError(f"tree={shown(spec)} is not allowed: {allowed}")
     for width in (1, 4, 8, 16):
         shape = Shape(depth, width, nodes)
         if nodes <= max(shape.num_candidates // 2, depth):
             return shape
-    raise ConfigError(f"tree={spec!r} is not allowed: {nodes} nodes are too many for a depth of {depth}")
+    raise ConfigError(f"tree={shown(spec)} is not allowed: {nodes} nodes are too many for a depth of {depth}")
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:

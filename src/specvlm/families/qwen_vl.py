@@ -231,7 +231,7 @@ class Qwen3VL(QwenVL):
     """Qwen3-VL: one pixel budget for all frames of a video, and each time step's seconds written before it.
 
     A video is `<0.5 seconds><|vision_start|>...<|vision_end|>` a time step, in place of the chat template's own start
-    and end marker, as the model was released with. transformers 5.17 and 5.23 leave the template's pair around the
+    and end marker, as the model was released with. transformers 5.17 to 5.24 leave the template's pair around the
     whole (vllm-project/vllm#46817); pixels, grids and everything else are equal to theirs.
     """
 
