@@ -31,10 +31,7 @@ class VideoLM:
 
     def __init__(self, hf: Any, family: Family, *, name: str = "") -> None:
         text = hf.config.get_text_config()
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-            raise UnsupportedModel(
-                f"{name}: sliding-window attention is not supported: set use_sliding_window to false"
-            )
+        check_text(text, name)
         hf.set_attn_implementation({"text_config": attention.NAME})
         self.hf = hf.eval()
         self.family = family
@@ -87,6 +84,7 @@ class VideoLM:
         number = resolve_dtype(dtype, place)
         with refusals(name, place):
             checkpoint = Checkpoint.open(name)
+            check_text(checkpoint.config.get_text_config(), name)
             family = checkpoint.family(checkpoint.directory, checkpoint.config, checkpoint.tokenizer)
             checkpoint.fetch()
             with _progress(name, checkpoint.directory, place, watch):
@@ -212,6 +210,34 @@ class VideoLM:
         """Return the embeddings [1, N, D] of text tokens [N]."""
         embeds: Tensor = self.hf.get_input_embeddings()(tokens[None])
         return embeds
+
+
+def check_text(text: Any, name: str) -> None:
+    """Refuse a language model in which a row's result depends on more than the rows that it sees.
+
+    Args:
+        text: the text part of a Hugging Face config.
+        name: of the checkpoint.
+
+    Raises:
+        UnsupportedModel: it attends within a sliding window, or its rotary embedding depends on how long a pass is, so
+            that keys stored by one pass are not those of another.
+    """
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise UnsupportedModel(f"{name}: sliding-window attention is not supported: set use_sliding_window to false")
+    for kind in _rope_types(getattr(text, "rope_parameters", None) or {}):
+        if kind == "longrope" or "dynamic" in kind:  # what transformers' dynamic_rope_update acts upon
+            problem = f"rope_type {kind!r} is not supported: its angles depend on the length of a pass"
+            raise UnsupportedModel(f"{name}: {problem}; yarn, linear and llama3 do not")
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the types of rotary embeddings in a config, which has one for all layers or one a kind of layer."""
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif key in ("rope_type", "type"):
+            yield str(value)
 
 
 def resolve_device(device: str) -> torch.device:
