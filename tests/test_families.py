@@ -76,6 +76,10 @@ def cases() -> dict[str, Case]:
                 family, tiny.messages("video", "video", "Two."), [tiny.video(4), tiny.video(4, 90, 70, 3.0, 1)]
             ),
             f"{family}/text": Case(family, tiny.messages("Hello.", system="You are"), []),
+            f"{family}/nearest": Case(family, one, [tiny.video(4, 100, 90)], {VIDEO: {"resample": 0}}),
+            f"{family}/other means": Case(
+                family, one, [tiny.video(4)], {VIDEO: {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}}
+            ),
             f"{family}/bilinear": Case(family, one, [tiny.video(4, 100, 90)], {VIDEO: {"resample": 2}}),
             f"{family}/raw": Case(family, one, [tiny.video(4)], {VIDEO: {"do_normalize": False, "do_rescale": False}}),
             f"{family}/rescaled": Case(family, one, [tiny.video(4)], {VIDEO: {"do_normalize": False}}),
@@ -106,6 +110,31 @@ def cases() -> dict[str, Case]:
                 family, tiny.messages("video", "video", "Two."), [tiny.video(4), tiny.video(7, 90, 70, 3.0, 1)]
             ),
         }
+    for family in QWEN:
+        image, most = tiny.processors(family)[IMAGE]["size"], {"min_pixels": 3136, "max_pixels": 9 * 1024}
+        found |= {
+            f"{family}/nearest image": Case(
+                family, tiny.messages("image"), [tiny.image(100, 90)], {IMAGE: {"resample": 0}}
+            ),
+            f"{family}/no video file": Case(family, one, [tiny.video(6, 200, 280)], {VIDEO: None}),
+            f"{family}/no video file, no class": Case(
+                family, one, [tiny.video(6, 200, 280)], {VIDEO: None, IMAGE: {"image_processor_type": None}}
+            ),
+            f"{family}/no video file, fast": Case(
+                family, one, [tiny.video(6, 200, 280)],
+                {VIDEO: None, IMAGE: {"image_processor_type": "Qwen2VLImageProcessorFast"}},
+            ),
+            f"{family}/other video class": Case(
+                family, one, [tiny.video(6, 200, 280)], {VIDEO: {"video_processor_type": "Qwen2VLVideoProcessor"}}
+            ),
+            f"{family}/pixels beside size": Case(
+                family, tiny.messages("image"), [tiny.image(300, 280)], {IMAGE: most | {"size": image}}
+            ),
+            f"{family}/one edge and a bound": Case(
+                family, tiny.messages("image"), [tiny.image(300, 280)],
+                {IMAGE: {"size": {"shortest_edge": 3136}, "max_pixels": 9 * 1024}},
+            ),
+        }  # fmt: skip
     for family in ("qwen2_vl", "qwen2_5_vl"):  # as released: one file, pixel bounds outside `size`
         old = {VIDEO: None, IMAGE: {"size": None, "min_pixels": 3136, "max_pixels": 9 * 784}}
         media = [tiny.image(300, 99), tiny.video(4, 99, 200), tiny.image()]
@@ -266,6 +295,40 @@ def test_corrupt_file_names_itself(content: str, tmp_path: Path) -> None:
     (Path(directory) / VIDEO).write_text(content)
     with pytest.raises(UnsupportedModel, match=r"video_preprocessor_config.json does not hold a JSON object"):
         family_at("qwen2_5_vl", directory)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_no_processor_files_are_refused(name: str, tmp_path: Path) -> None:
+    """AutoProcessor refuses them, too: the defaults of a class are seldom what the model was trained with."""
+    directory = write(Case(name, [], [], {PROCESSOR: None, IMAGE: None, VIDEO: None}), tmp_path / "copy")
+    with pytest.raises(UnsupportedModel, match=r"has no preprocessor_config.json, which says how pixels are prepared"):
+        VideoLM.from_pretrained(directory, device="cpu")
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("file", [IMAGE, VIDEO])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"patch_size": 15}, "patch_size=15 of its .* does not fit the model's patch_size=1[46]"),
+        ({"merge_size": 4}, "merge_size=4 of its .* the model's spatial_merge_size=2"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size=1 of its .* the model's temporal_patch_size=2"),
+        ({"size": {"shortest_edge": 3136}}, r"size=\{'shortest_edge': 3136\} of its processor has no longest_edge"),
+        ({"size": {"longest_edge": 9408}}, r"has no shortest_edge"),
+        ({"size": {"height": 56, "width": 56}}, r"has no shortest_edge"),
+    ],
+)
+def test_another_model_s_processor_is_refused(name: str, file: str, changes: Any, says: str, tmp_path: Path) -> None:
+    directory = write(Case(name, [], [], {file: changes}), tmp_path / "copy")
+    with pytest.raises(UnsupportedModel, match=says):
+        VideoLM.from_pretrained(directory, device="cpu")  # the folder has no weights: they are not looked at
+
+
+@pytest.mark.parametrize("size", [{"height": tiny.TILE}, {"shortest_edge": tiny.TILE}])
+def test_llava_takes_whole_tiles_alone(size: dict[str, int], tmp_path: Path) -> None:
+    directory = write(Case("llava_onevision", [], [], {VIDEO: {"size": size}}), tmp_path / "copy")
+    with pytest.raises(UnsupportedModel, match="only 35 x 35 without cropping"):
+        family_at("llava_onevision", directory)
 
 
 def test_one_frame_makes_a_video() -> None:

@@ -14,7 +14,12 @@ HALF = 8  # numbers of a head's half in the tiny models
 SERVED = {
     "linear": {"factor": 2.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
-    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
 }
 REFUSED = {
     "longrope": {"factor": 4.0, "original_max_position_embeddings": 128, "short_factor": [1.0] * HALF,

@@ -58,7 +58,7 @@ class LlavaOnevision(VisionFamily):
         self._max_tiles = int(re.sub(r"\D", "", config.vision_aspect_ratio))
         self._processors = {kind: processor_settings(directory, kind, _DEFAULTS) for kind in ("image", "video")}
         for settings in self._processors.values():
-            if settings["do_center_crop"] or set(settings["size"].values()) != {self._tile}:
+            if settings["do_center_crop"] or settings["size"] != {"height": self._tile, "width": self._tile}:
                 raise UnsupportedModel(
                     f"{directory}: size={settings['size']} with do_center_crop={settings['do_center_crop']} is not "
                     f"supported: only {self._tile} x {self._tile} without cropping"

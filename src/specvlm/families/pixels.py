@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "image_std": OPENAI_STD,
 }
 
-_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as the checkpoints write them
+_MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as the checkpoints write them
 _FILES = {
     "image": ("preprocessor_config.json",),
     "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
@@ -59,20 +59,57 @@ def read_json(directory: str, name: str) -> dict[str, Any]:
         raise UnsupportedModel(f"{path} does not hold a JSON object ({error}): fetch the checkpoint again") from error
 
 
+def stored_settings(directory: str, kind: str) -> dict[str, Any]:
+    """Return what a checkpoint's files say about its "image" or "video" processor.
+
+    Files are looked up in HF's order: processor_config.json holding both, then a file of its own; a video falls back
+    to the image's file.
+
+    Raises:
+        UnsupportedModel: there is none: what the processor's class assumes is seldom what the model was trained with.
+    """
+    nested = read_json(directory, "processor_config.json").get(f"{kind}_processor")
+    if isinstance(nested, dict):
+        return nested
+    for name in _FILES[kind]:
+        if (Path(directory) / name).is_file():
+            return read_json(directory, name)
+    raise UnsupportedModel(
+        f"{directory} has no {_FILES[kind][-1]}, which says how pixels are prepared: fetch it with the checkpoint, or "
+        "copy it from the model that this one was tuned from"
+    )
+
+
 def processor_settings(directory: str, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the "image" or "video" processor: a checkpoint's values over the defaults.
 
-    Files are looked up in HF's order: processor_config.json holding both, then a file of its own; a video falls back
-    to the image's file. Keys that `defaults` does not name decide no pixels and are left out.
+    Keys that `defaults` does not name decide no pixels and are left out.
+
+    Raises:
+        UnsupportedModel: there is no processor, or one that cannot be followed.
     """
-    stored: dict[str, Any] = read_json(directory, "processor_config.json").get(f"{kind}_processor") or {}
-    for name in _FILES[kind]:
-        stored = stored or read_json(directory, name)
+    stored = stored_settings(directory, kind)
     merged = {**COMMON_DEFAULTS, **defaults}
     merged.update({key: stored[key] for key in merged if stored.get(key) is not None})
     if merged["resample"] not in _MODES:
         raise UnsupportedModel(f"{directory}: resample={merged['resample']} is not supported: known are {_MODES}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+
+
+def video_processor(directory: str, default: str, known: Collection[str]) -> str:
+    """Return the class of a checkpoint's video processor: named, else that of its image processor, else the model's.
+
+    Raises:
+        UnsupportedModel: it is none of the known.
+    """
+    stored = stored_settings(directory, "video")
+    named = stored.get("video_processor_type")
+    if named is None:
+        of_image = str(stored.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
+        named = of_image if of_image in known else default
+    if named not in known:
+        raise UnsupportedModel(f"{directory}: video_processor_type={named!r} is not supported: known are {known}")
+    return str(named)
 
 
 def resize(frames: Tensor, size: tuple[int, int], resample: int, device: torch.device | str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specvlm import vision
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, UnsupportedModel
 from specvlm.families.base import Features, Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message
@@ -27,6 +27,7 @@ from specvlm.families.pixels import (
     patchify,
     processor_settings,
     resize,
+    video_processor,
 )
 from specvlm.media import Frames
 
@@ -89,12 +90,42 @@ def _split(sizes: Sequence[int], rows: Tensor, *deepstack: Tensor) -> Iterator[F
         yield Features(mine, tuple(deep))
 
 
-def _bounds(settings: dict[str, Any]) -> tuple[int, int]:
-    """Return the least and most pixels of a resized frame, whichever way the checkpoint spells them."""
-    size = settings["size"]
-    low = settings["min_pixels"] or size.get("shortest_edge") or size.get("min_pixels")
-    high = settings["max_pixels"] or size.get("longest_edge") or size.get("max_pixels")
-    return int(low), int(high)
+# By the class of a video processor; Qwen3-VL's has one pixel budget for all frames, Qwen2-VL's one for each.
+_DEFAULTS_OF = {"Qwen2VLVideoProcessor": _VIDEO_DEFAULTS, "Qwen3VLVideoProcessor": _QWEN3_VIDEO_DEFAULTS}
+
+
+def _with_bounds(directory: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose `size` holds the least and most pixels, whichever way the checkpoint spells them.
+
+    Raises:
+        UnsupportedModel: one of them is missing.
+    """
+    size = dict(settings["size"])
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        value = settings[name] or size.get(edge) or size.get(name)
+        if not isinstance(value, int | float) or value <= 0:
+            problem = f"{directory}: size={settings['size']} of its processor has no {edge} (a number of pixels)"
+            raise UnsupportedModel(f"{problem}: give both shortest_edge and longest_edge")
+        size[edge] = int(value)
+    return settings | {"size": size}
+
+
+def _check_cells(directory: str, kind: str, settings: dict[str, Any], vision: Any) -> None:
+    """Refuse a processor that cuts other patches than the vision tower takes.
+
+    Raises:
+        UnsupportedModel: the first setting that differs is named.
+    """
+    names = {
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "merge_size": "spatial_merge_size",
+    }
+    for ours, theirs in names.items():
+        wanted = getattr(vision, theirs, settings[ours])
+        if settings[ours] != wanted:
+            problem = f"{directory}: {ours}={settings[ours]} of its {kind} processor does not fit the model's"
+            raise UnsupportedModel(f"{problem} {theirs}={wanted}: take the processor that it was trained with")
 
 
 @register("qwen2_vl", "qwen2_5_vl")
@@ -102,16 +133,20 @@ class QwenVL(VisionFamily):
     """Qwen2-VL and Qwen2.5-VL: every frame has its own pixel budget; Qwen2.5-VL's positions count seconds."""
 
     is_mrope = True
-    video_defaults: ClassVar[dict[str, Any]] = _VIDEO_DEFAULTS
+    video_processor: ClassVar[str] = "Qwen2VLVideoProcessor"  # where the checkpoint's files name none
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         super().__init__(directory, config, tokenizer)
         is_timed = config.model_type == "qwen2_5_vl"
         self._tokens_per_second = float(config.vision_config.tokens_per_second) if is_timed else None
+        name = video_processor(directory, self.video_processor, _DEFAULTS_OF)
+        self._is_budget_shared = name == "Qwen3VLVideoProcessor"
         self._processors = {
-            "image": processor_settings(directory, "image", _IMAGE_DEFAULTS),
-            "video": processor_settings(directory, "video", self.video_defaults),
+            kind: _with_bounds(directory, processor_settings(directory, kind, defaults))
+            for kind, defaults in (("image", _IMAGE_DEFAULTS), ("video", _DEFAULTS_OF[name]))
         }
+        for kind, settings in self._processors.items():
+            _check_cells(directory, kind, settings, config.vision_config)
         self.settings |= self._processors
 
     def prepare(self, model: Any) -> None:
@@ -151,19 +186,25 @@ class QwenVL(VisionFamily):
         settings = self._processors[frames.kind]
         cell = settings["patch_size"] * settings["merge_size"]
         if frames.kind == "image":
-            budget = Budget(cell, *_bounds(settings))
+            budget = Budget(cell, settings["size"]["shortest_edge"], settings["size"]["longest_edge"])
             limits = replace(limits, total_pixels=None)
         else:
             budget = self._video_budget(cell, len(frames.pixels))
         return budget.lowered(limits.per_frame(len(frames.pixels), cell * cell)).raised(limits.min_pixels)
 
     def _video_budget(self, cell: int, num_frames: int) -> Budget:
-        """Return the checkpoint's bounds on one frame of a video."""
+        """Return the checkpoint's bounds on one frame of a video, or on all of them together."""
         settings = self._processors["video"]
-        low, high = _bounds(settings)
-        if settings["cap_pixels_per_frame"]:
-            total = int(settings["max_video_tokens"] * cell * cell * 0.9)
-            high = max(min(high, total * settings["temporal_patch_size"] // num_frames), int(low * 1.05))
+        temporal, most = settings["temporal_patch_size"], settings["max_video_tokens"] * cell * cell
+        low, high = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
+        is_capped = settings["cap_pixels_per_frame"]
+        if self._is_budget_shared:
+            if is_capped:
+                high = max(min(most, high // num_frames), int(low * 1.05)) * num_frames
+            padded = max(temporal, round(num_frames / temporal) * temporal)
+            return Budget(cell, low, high, num_frames, padded, grows=True)
+        if is_capped:
+            high = max(min(high, int(most * 0.9) * temporal // num_frames), int(low * 1.05))
         return Budget(cell, low, high)
 
     def _runs(self, frames: Frames, visual: Visual) -> tuple[str, tuple[int, ...]]:
@@ -179,7 +220,9 @@ class QwenVL(VisionFamily):
             return {"pixel_values": pixels, "image_grid_thw": grid_thw}
         kwargs: dict[str, Any] = {"pixel_values_videos": pixels, "video_grid_thw": grid_thw}
         if self._tokens_per_second is not None:
-            kwargs["second_per_grid_ts"] = torch.tensor([e.extra for e in encoded], device=pixels.device)
+            kwargs["second_per_grid_ts"] = torch.tensor(
+                [e.extra for e in encoded], dtype=torch.float32, device=pixels.device
+            )
         return kwargs
 
     def _layouts(self, inputs: Inputs) -> list[Tensor]:
@@ -235,7 +278,7 @@ class Qwen3VL(QwenVL):
     whole (vllm-project/vllm#46817); pixels, grids and everything else are equal to theirs.
     """
 
-    video_defaults = _QWEN3_VIDEO_DEFAULTS
+    video_processor = "Qwen3VLVideoProcessor"
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         super().__init__(directory, config, tokenizer)
@@ -252,16 +295,6 @@ class Qwen3VL(QwenVL):
                 pixels, seconds = pad_frames(frames.pixels, least), pad_frames(frames.seconds, least)
                 frames = replace(frames, pixels=pixels, seconds=seconds)
         return super()._encode_one(frames, limits, device)
-
-    def _video_budget(self, cell: int, num_frames: int) -> Budget:
-        """Return the checkpoint's bounds on all frames of a video together."""
-        settings = self._processors["video"]
-        temporal = settings["temporal_patch_size"]
-        low, high = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
-        if settings["cap_pixels_per_frame"]:
-            share = min(settings["max_video_tokens"] * cell * cell, high // num_frames)
-            high = max(share, int(low * 1.05)) * num_frames
-        return Budget(cell, low, high, num_frames, round(num_frames / temporal) * temporal, grows=True)
 
     def _runs(self, frames: Frames, visual: Visual) -> tuple[str, tuple[int, ...]]:
         if visual.kind == "image":
