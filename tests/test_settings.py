@@ -88,6 +88,7 @@ def assert_accepted(name, part, value, pair, source):
     json.dumps(answer.to_dict(), allow_nan=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect")
 @pytest.mark.parametrize(("name", "part"), FIELDS)
 def test_a_hostile_value_is_refused_in_a_line_or_accepted_to_the_end(name, part, pair, clip):
     source = clip if part == "video" else tiny.video(2)

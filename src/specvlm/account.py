@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from specvlm.byvalue import ByValue
 from specvlm.config import EngineConfig
 from specvlm.graphs import wait
 from specvlm.policy import Choice
@@ -74,6 +75,10 @@ class Speculation:
 _STAGES = ("read", "encode", "prefill", "prune", "draft_prefill", "calibrate", "capture", "decode")
 
 
+def _unheard(name: str) -> None:
+    """Do nothing when a stage begins."""
+
+
 class Seconds:
     """Wall time by stage, without that of stages within it.
 
@@ -86,7 +91,7 @@ class Seconds:
         self._begin = time.perf_counter()
         self.time_to_first_token = 0.0
         self.total = 0.0
-        self.on_stage: Callable[[str], None] = lambda name: None  # told which stage begins
+        self.on_stage: Callable[[str], None] = _unheard  # told which stage begins
 
     @contextmanager
     def stage(self, name: str, *devices: torch.device) -> Iterator[None]:
@@ -115,13 +120,19 @@ class Seconds:
         """Note the time of the last token."""
         self.total = time.perf_counter() - self._begin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "on_stage": _unheard}  # who listens here is not taken elsewhere
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seconds) and self.to_dict() == other.to_dict()
+
     def to_dict(self) -> dict[str, float]:
         """Return all stages, time_to_first_token and total, in seconds."""
         return {**self._stages, "time_to_first_token": self.time_to_first_token, "total": self.total}
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, eq=False)
+class Decision(ByValue):
     """What a target pass after the prefill was to verify, and what it added."""
 
     choice: Choice
@@ -153,8 +164,8 @@ class Seen:
     frame_times: tuple[float, ...]  # seconds, of every frame that the model was shown
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, eq=False)
+class Generation(ByValue):
     """A whole answer and its account."""
 
     text: str

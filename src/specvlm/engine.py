@@ -21,6 +21,7 @@ from torch import Tensor
 from specvlm import costs, effects, media, prune, sources, tree, verify
 from specvlm import draft as drafting
 from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
+from specvlm.byvalue import ByValue
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
 from specvlm.draft import Context, Drafter
 from specvlm.errors import CapacityError, ConfigError
@@ -36,8 +37,8 @@ from specvlm.upload import upload
 _MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
 
 
-@dataclass(frozen=True)
-class Round:
+@dataclass(frozen=True, eq=False)
+class Round(ByValue):
     """What one target pass added. The first comes from the prefill and drafts nothing."""
 
     token_ids: tuple[int, ...]  # new tokens of the text, the bonus token last, cut where the text ends
@@ -51,8 +52,8 @@ class Round:
         return min(len(self.accepted.nodes), len(self.token_ids))
 
 
-@dataclass
-class Request:
+@dataclass(eq=False)
+class Request(ByValue):
     """One request and the account of its run. It runs once."""
 
     config: EngineConfig

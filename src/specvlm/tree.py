@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from specvlm.byvalue import ByValue
 from specvlm.config import shown
 from specvlm.errors import ConfigError
 
@@ -191,8 +192,8 @@ def ancestors_on_device(parents: Tensor, depth: int) -> Tensor:
     return sees > 0
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, eq=False)
+class Rows(ByValue):
     """N new rows of a pass over a tree of M rows, of which they are the last."""
 
     sees: Tensor  # [N, M] bool: what each new row sees of the tree

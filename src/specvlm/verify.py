@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specvlm.byvalue import ByValue
 from specvlm.config import SamplingConfig
 from specvlm.tree import Rows
 from specvlm.upload import upload
@@ -32,8 +33,8 @@ def _no_numbers() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
-class Draft:
+@dataclass(frozen=True, eq=False)
+class Draft(ByValue):
     """What a round proposes: N nodes, parents before their children."""
 
     tokens: Tensor  # [N] int64; -1 is a place left empty, which no choice equals

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from specvlm.byvalue import ByValue
 from specvlm.config import DEFAULT_FPS, VideoConfig
 from specvlm.errors import MediaError
 
@@ -25,8 +26,8 @@ class MediaWarning(UserWarning):
     """A file is damaged, but holds frames that can be used."""
 
 
-@dataclass(frozen=True)
-class Frames:
+@dataclass(frozen=True, eq=False)
+class Frames(ByValue):
     """Decoded frames of one video, or one image."""
 
     pixels: Tensor  # [T, 3, H, W] uint8, RGB
