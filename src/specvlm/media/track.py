@@ -123,6 +123,7 @@ class Track:
         """Read all packets from where the scout stands."""
         timeline, found, untimed = self.timeline(), Walk(), 0
         for packet in self.packets(every_stream=True):
+            found.is_spoilt = packet.is_corrupt
             if packet.stream_index == self.index:
                 timeline.move(packet)
                 length = self.length_of(packet)
@@ -147,7 +148,7 @@ class Walk:
     num: int = 0
     num_still: int = 0  # packets with the timestamp of the one before
     last_byte: int = 0  # where the last complete packet ends in the file
-    is_spoilt: bool = False  # the last packet is not complete
+    is_spoilt: bool = False  # the last packet, of any track, is not complete
     decoding_end: float = 0.0  # seconds; the end by decoding times, as mp4 counts
     other_end: float = 0.0  # seconds; of the other streams
     breaks: int = 0  # of the timeline
@@ -161,7 +162,6 @@ class Walk:
         self.num += 1
         self.num_still += packet.pts is not None and packet.pts == self._before
         self._before = packet.pts
-        self.is_spoilt = packet.is_corrupt
         if not packet.is_corrupt:
             self.last_byte = max(self.last_byte, (packet.pos or 0) + packet.size)
 
