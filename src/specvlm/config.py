@@ -180,12 +180,17 @@ class PruneConfig:
     keep_tokens: int | None = _setting(None, "number of visual tokens that the draft sees (instead of --keep-ratio)")
     pruner: str = _setting(
         "verifier",
-        "how they are chosen: verifier (most attention, then evenly), attention, uniform, random, window, frame, none, "
-        "or one that your program registered",
+        "how they are chosen: verifier (stage I: those that the target looks at most; stage II: the rest evenly), "
+        "attention (stage I alone), uniform (stage II alone), random, window, frame, none, or one that your program "
+        "registered",
         choices="pruners",
     )
-    mass: float = _setting(0.4, "stage I: share of the target's attention to be covered (the paper's lambda)")
-    focus: float = _setting(0.5, "stage I: largest share of the kept tokens that it may choose (1 in the paper)")
+    mass: float = _setting(
+        0.4, "stage I ends where it has covered this share of the target's attention (the paper's lambda)"
+    )
+    focus: float = _setting(
+        0.5, "stage I ends at this share of the kept tokens; stage II chooses the others (1 in the paper)"
+    )
     spacing: str = _setting(
         "grid",
         "stage II: even spacing on the time x row x column grid, or along the sequence",

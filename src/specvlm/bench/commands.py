@@ -60,7 +60,7 @@ def _add_quality(questions: Any) -> None:
 
 
 def _add_speed(questions: Any) -> None:
-    text = "time decoding, its single steps beside the memory-bandwidth floor, and other engines on the same models"
+    text = "time decoding, its passes beside the least that reading the weights takes, and other engines on the same models"
     parser = questions.add_parser("speed", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=_bench_speed)
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
@@ -80,7 +80,10 @@ def _add_speed(questions: Any) -> None:
     group.add_argument("--trees", metavar="TREE", nargs="+", help=help, default=argparse.SUPPRESS)
     help = "weight-only quantisations of the draft: none, fp8, int8, int4 [default: none]"
     group.add_argument("--draft-quants", metavar="A,B", help=help)
-    help = "what the auto method's planted draft knows: published, hopeless, changing [default: published]"
+    help = (
+        "how often the auto method's planted draft is right: published (as in published runs), hopeless (hardly ever), "
+        "changing (both by turns) [default: published]"
+    )
     group.add_argument("--planted-drafts", metavar="A,B", help=help)
     help = "tokens of an answer [default: 256]"
     group.add_argument("--tokens", dest="num_tokens", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
