@@ -437,6 +437,13 @@ def test_a_folder_of_another_run_is_refused(pair, tmp_path):
     assert (tmp_path / journal.NAME).read_text() == before
 
 
+def test_a_run_goes_on_with_other_pictures(pair, tmp_path):
+    ran(pair, samples(1), protocol("verifier", num_overlays=0), tmp_path)
+    lines = ran(pair, samples(1), protocol("verifier", num_overlays=1), tmp_path).lines
+    kinds = [line["kind"] for line in lines]
+    assert (kinds.count("answer"), kinds.count("overlay")) == (1, 1)
+
+
 def test_a_folder_of_other_questions_or_another_file_is_refused(pair, tmp_path):
     ran(pair, samples(2), protocol("plain"), tmp_path)
     others = [replace(samples(2).samples[0], prompt="Why?"), samples(2).samples[1]]

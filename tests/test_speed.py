@@ -10,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import media
 import numpy as np
 import pytest
 import torch
@@ -672,6 +673,27 @@ def test_real_checkpoints_have_no_plant(tmp_path, capsys):
     assert cli.main([*args, "--out", str(out)]) == 0
     for line in map(json.loads, out.read_text().splitlines()):
         assert (line["follows_plant"], line["is_plain"], line["error"]) == (None, True, None)
+    assert "The models were shown: random smooth frames, no film." in capsys.readouterr().out
+
+
+def test_real_checkpoints_are_shown_films(tmp_path, capsys):
+    """Each film is a table of its own, and what cannot be read fails by itself."""
+    film, other, bad = tmp_path / "film.mp4", tmp_path / "other.mp4", tmp_path / "bad.mp4"
+    media.make_video(film, 8, rate=2)
+    media.make_video(other, 8, rate=2)
+    bad.write_bytes(b"no film")
+    args = ["bench", "speed", "--target", bundled("target"), "--draft", bundled("draft"), "--methods", "plain"]
+    args += ["--clips", str(film), str(other), str(bad), "--tokens", "2", "--repeats", "1", "--slow-repeats", "1"]
+    assert cli.main([*args, "--out", str(tmp_path / "speed.jsonl")]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [line["shown"] for line in lines] == [str(film), str(other), str(bad)]
+    assert [line["error"] is None for line in lines] == [True, True, False]
+    assert lines[0]["visual_tokens"] > 0
+    out = capsys.readouterr().out
+    assert (
+        f"/ {bundled('draft')}, film.mp4, {lines[0]['visual_tokens']} visual tokens\n\nThe models were shown: {film}."
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -695,6 +717,9 @@ def test_real_checkpoints_have_no_plant(tmp_path, capsys):
         ),
         (["--draft-quants", "none,int4", "--device", "cpu"], "draft_quant='int4' has no kernel for cpu: choose int8"),
         (["--target", "x", "--draft", "y", "--planted-drafts", "hopeless"], "is not allowed beside --target"),
+        (["--clips", "x.mp4"], "clips='x.mp4' is not allowed for planted pairs: give --target and --draft"),
+        (["--target", "x", "--draft", "y", "--clips", "x.mp4"], "'x.mp4' does not exist"),
+        (["--target", "x", "--draft", "y", "--clips", "x.mp4", "--visual-tokens", "9"], "not allowed beside --clips"),
         (["--device", "abacus"], "device='abacus' is not available"),
         (["--from", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     ],

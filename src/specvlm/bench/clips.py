@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from specvlm.media import Frames
+from specvlm.config import VideoConfig
+from specvlm.media import Frames, load
 
 PROMPT = "Describe step by step what the video shows."  # a prompt of 64 text tokens in planted Qwen2.5-VL and LLaVA
 _FPS = 2.0
 _MOST_CELLS = 16  # visual tokens along a side of a Qwen frame, 256 a time step
 _LEAST_STEPS = 4
 _CHUNK = 32  # frames made at once
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the models are shown: a film, or random frames of about so many visual tokens."""
+
+    visual_tokens: int = 0
+    film: str | None = None  # a path or URL
+
+    def frames(self, config: Any, device: torch.device) -> Frames:
+        """Return the frames for the model of a Hugging Face config.
+
+        Raises:
+            MediaError: the film cannot be read.
+        """
+        return clip(config, self.visual_tokens, device) if self.film is None else load(self.film, VideoConfig())
+
+    def pair(self, name: str) -> str:
+        """Return a pair's name with the film's, so that films of one length are told apart."""
+        return name if self.film is None else f"{name}, {os.path.basename(self.film)}"
+
+    def __str__(self) -> str:
+        return "random smooth frames, no film" if self.film is None else self.film
 
 
 def clip(config: Any, visual_tokens: int, device: torch.device, seed: int = 0) -> Frames:

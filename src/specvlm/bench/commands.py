@@ -10,7 +10,7 @@ from typing import Any
 
 from specvlm import console
 from specvlm.bench import style
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, MediaError
 from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_settings, numbers, read_data, run_files
 from specvlm.status import Status
 
@@ -71,8 +71,10 @@ def _add_speed(questions: Any) -> None:
     group = parser.add_argument_group("Real checkpoints instead of planted pairs")
     group.add_argument("--target", metavar="TARGET", help="Hugging Face directory or hub id")
     group.add_argument("--draft", metavar="DRAFT", help="the same for the draft")
+    help = "films to show them [default: random smooth frames of --visual-tokens, which tell nothing of acceptance]"
+    group.add_argument("--clips", metavar="VIDEO", nargs="+", default=[], help=help)
     group = parser.add_argument_group("What is measured")
-    group.add_argument("--visual-tokens", metavar="N,N", default="16384", help="[default: %(default)s]")
+    group.add_argument("--visual-tokens", metavar="N,N", help="[default: 16384]")
     group.add_argument("--keep-ratios", metavar="X,Y", default="0.1", help="[default: %(default)s]")
     help = "[default: all]"
     group.add_argument("--methods", metavar="A,B", help=help)
@@ -182,13 +184,14 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
         problem = f"planted_drafts={args.planted_drafts!r} is not allowed beside --target"
         raise ConfigError(f"{problem}: leave one of them out")
     given |= {"planted_drafts": ()} if args.target else {}
+    _check_clips(args)
+    args.visual_tokens = args.visual_tokens or "16384"
     counts, ratios = (numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
     from specvlm.bench import published, runner, speed, subjects
-
-    console.raise_on_signals()
     from specvlm.model import resolve_device, resolve_dtype
 
-    sweep = speed.Sweep(counts, ratios, **given)
+    console.raise_on_signals()
+    sweep = speed.Sweep(counts, ratios, clips=tuple(args.clips), **given)
     if args.target:
         sources: list[subjects.Source] = [subjects.CheckpointSource(args.target, args.draft)]
     else:
@@ -198,3 +201,12 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
     dtype = resolve_dtype(args.dtype, device)
     records = runner.run(sources, sweep, device, dtype, watch=status.show, vllm_python=args.vllm_python)
     return runner.write(records, args.out)
+
+
+def _check_clips(args: argparse.Namespace) -> None:
+    if args.clips and not args.target:
+        raise ConfigError(f"clips={args.clips[0]!r} is not allowed for planted pairs: give --target and --draft")
+    if args.clips and args.visual_tokens:
+        raise ConfigError(f"visual_tokens={args.visual_tokens} is not allowed beside --clips: leave one of them out")
+    if missing := [clip for clip in args.clips if "://" not in clip and not Path(clip).is_file()]:
+        raise MediaError(f"{missing[0]!r} does not exist: check the path")

@@ -92,9 +92,9 @@ def _records(
     watch(f"{source.name}: loading")
     subject = attempt(lambda: source.load(device, dtype))
     if isinstance(subject, str):
-        for visual_tokens in sweep.visual_tokens:
+        for shown in sweep.shown:
             for cell in sweep.cells():
-                yield failed(source.name, cell, visual_tokens, subject)
+                yield failed(shown.pair(source.name), cell, shown.visual_tokens, subject)
         return
     yield from measure(subject, sweep, rate, watch)
 
@@ -105,6 +105,10 @@ def _vllm(
     """Yield vLLM's records, none where it is not installed or there is no GPU."""
     if device.type != "cuda" or not vllm_plain.is_installed(python):
         text = f"vllm-plain is left out: it needs a GPU, and vLLM in {python} (name another with --vllm-python)"
+        warnings.warn(text, BenchWarning, stacklevel=1)
+        return
+    if sweep.clips:
+        text = "vllm-plain is left out: it is measured by numbers of tokens, not on films"
         warnings.warn(text, BenchWarning, stacklevel=1)
         return
     watch(f"{source.name}: vLLM")

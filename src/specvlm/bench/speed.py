@@ -11,7 +11,7 @@ percent (a planted draft that is hopeless) has plain decoding beside it.
     specvlm bench speed --pairs qwen2.5-vl-32b/7b --visual-tokens 4096,65536     # a sweep
     specvlm bench speed --methods plain,auto --draft-quants none,fp8,int4        # a draft of fewer bits
     specvlm bench speed --methods auto --planted-drafts hopeless,changing        # a draft that is no good, or at times
-    specvlm bench speed --target T --draft D                                     # your own pair
+    specvlm bench speed --target T --draft D --clips a.mp4 b.mp4                 # your own pair on your own films
     specvlm bench speed --pairs qwen2.5-vl-32b/7b --tiny --visual-tokens 64      # a check of the command on a CPU
     specvlm bench speed --from speed.jsonl --plots plots                         # table and plots of an earlier run
 
@@ -44,7 +44,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ from specvlm import tree as trees_
 from specvlm.account import measure_peak, reset_peak
 from specvlm.bench import choices, passes, peers, planted, steps
 from specvlm.bench.choices import Change, Chosen
-from specvlm.bench.clips import PROMPT, clip
+from specvlm.bench.clips import PROMPT, Shown
 from specvlm.bench.hardware import kv_bytes, weight_bytes
 from specvlm.bench.passes import Pass
 from specvlm.bench.steps import Step
@@ -89,6 +89,7 @@ class Sweep:
     methods: tuple[str, ...] = METHODS
     draft_quants: tuple[str, ...] = (NO_QUANT,)  # of every method that drafts with a model
     planted_drafts: tuple[str, ...] = ("published",)  # of auto; empty: real checkpoints
+    clips: tuple[str, ...] = ()  # films to show, in place of frames of so many visual tokens
     num_tokens: int = 256
     repeats: int = 5
     slow_repeats: int = 2  # of prefills and of other engines' answers
@@ -110,6 +111,11 @@ class Sweep:
             EngineConfig().replace(keep_ratio=ratio)
         for spec in self.trees:
             trees_.parse(spec)
+
+    @property
+    def shown(self) -> list[Shown]:
+        """What the models are shown, one after another."""
+        return [Shown(film=film) for film in self.clips] or [Shown(count) for count in self.visual_tokens]
 
     def cells(self) -> list[Cell]:
         """Return what is measured at one number of visual tokens, vLLM left out; this engine's methods come first."""
@@ -213,6 +219,7 @@ class Record:
     drafter: str | None = None
     draft_quant: str | None = None
     planted_draft: str | None = None
+    shown: str | None = None  # what the models see: a film, or random frames
     ms_per_token: Spread | None = None
     steps: dict[str, Step] = field(default_factory=dict)
     passes: dict[str, list[Step]] = field(default_factory=dict)  # "verify" and "draft", by rows
@@ -254,19 +261,20 @@ class _Prefills:
 
 def measure(subject: Subject, sweep: Sweep, read_gb_s: float, watch: Watch) -> Iterator[Record]:
     """Yield a Record a cell, for every number of visual tokens. A cell that fails has an error; the rest goes on."""
-    for wanted in sweep.visual_tokens:
-        yield from _at_length(subject, sweep, wanted, read_gb_s, watch)
+    for shown in sweep.shown:
+        for record in _at_length(subject, sweep, shown, read_gb_s, watch):
+            yield replace(record, pair=shown.pair(record.pair), shown=str(shown))
         free_memory()
 
 
-def _at_length(subject: Subject, sweep: Sweep, wanted: int, read_gb_s: float, watch: Watch) -> Iterator[Record]:
-    """Yield the records of one number of visual tokens; no memory of it is left afterwards."""
-    label = f"{subject.name}, {wanted} visual tokens"
+def _at_length(subject: Subject, sweep: Sweep, shown: Shown, read_gb_s: float, watch: Watch) -> Iterator[Record]:
+    """Yield the records of one film or number of visual tokens; no memory of it is left afterwards."""
+    label = f"{subject.name}, {shown.film or f'{shown.visual_tokens} visual tokens of random frames'}"
     watch(f"{label}: prefilling")
-    prefills = attempt(partial(_prefill, SpecVLM(subject.target), wanted, sweep))
+    prefills = attempt(partial(_prefill, SpecVLM(subject.target), shown, sweep))
     if isinstance(prefills, str):
         for cell in sweep.cells():
-            yield failed(subject.name, cell, wanted, prefills)
+            yield failed(subject.name, cell, shown.visual_tokens, prefills)
         return
     length = _Length(subject, sweep, prefills, read_gb_s, label, watch)
     for layers, cells in sweep.groups():
@@ -301,9 +309,9 @@ def failed(pair: str, cell: Cell, visual_tokens: int, problem: str) -> Record:
     return Record(pair, visual_tokens, **cell.names, error=problem)
 
 
-def _prefill(model: SpecVLM, visual_tokens: int, sweep: Sweep) -> _Prefills:
+def _prefill(model: SpecVLM, shown: Shown, sweep: Sweep) -> _Prefills:
     """Prefill scored and not scored in turn, each once to warm up; keep the last, a scored one."""
-    frames = clip(model.target.hf.config, visual_tokens, model.target.device)
+    frames = shown.frames(model.target.hf.config, model.target.device)
     common = {"max_new_tokens": sweep.num_tokens, "max_frames": len(frames.pixels), "drafter": "none"}
     times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     device = model.target.device

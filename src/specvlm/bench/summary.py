@@ -174,7 +174,8 @@ def table(lines: Sequence[Line]) -> str:
     pages = [f"{text}\n" for text in dict.fromkeys(_origin(line["provenance"]) for line in lines)]
     for pair, visual_tokens in dict.fromkeys(map(_place, measured(lines))):
         part = [line for line in measured(lines) if _place(line) == (pair, visual_tokens)]
-        pages += [f"## {pair}, {visual_tokens} visual tokens\n", _part(part), *_passes(part)]
+        told = [f"The models were shown: {part[0]['shown']}.\n"] if part[0].get("shown") else []
+        pages += [f"## {pair}, {visual_tokens} visual tokens\n", *told, _part(part), *_passes(part)]
     failures = [line for line in lines if line["ms_per_token"] is None]
     pages += [f"{line['pair']}, {line['visual_tokens']}, {label(line)}: {line.get('error')}\n" for line in failures]
     return "\n".join(pages)
