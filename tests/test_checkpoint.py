@@ -1,7 +1,11 @@
 """Checkpoints that are damaged, partial, quantised or none: refused in one line, before weights are read."""
 
+import io
 import json
+import logging
+import random
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
-from specvlm import UnsupportedModel, checkpoint
+from specvlm import CapacityError, SpecVLM, SpecVLMError, UnsupportedModel, checkpoint
 from specvlm.model import VideoLM
 
 SOURCE = Path(tiny.checkpoint("qwen2_5_vl"))
@@ -261,6 +265,85 @@ def test_a_tokenizer_of_a_larger_vocabulary(copy, refused):
     more = [{**last, "id": last["id"] + extra, "content": f"<|{extra}|>"} for extra in range(1, 21)]
     put(folder, "tokenizer.json", {**tokens, "added_tokens": tokens["added_tokens"] + more})
     assert "'<|20|>'" in refused(folder)
+
+
+def test_weights_that_a_gpu_has_no_room_for(monkeypatch):
+    for name, value in {"memory_reserved": 3 << 30, "memory_allocated": 2 << 30, "mem_get_info": (4 << 30, 9)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
+    place, weights = torch.device("cuda:0"), {"a": torch.empty(3 << 30, device="meta")}
+    with pytest.raises(CapacityError, match=r"x does not fit on cuda:0: its weights take 6\.4 GB, 5\.4 GB are free"):
+        checkpoint._check_room("x", weights, place, torch.bfloat16)
+    weights["a"] = torch.empty(2 << 30, device="meta")
+    checkpoint._check_room("x", weights, place, torch.bfloat16)
+
+
+# Hostile values: each of a file's in turn, a sample of all
+
+
+VALUES = (None, "", -1, [], {}, 2**31, 10**18, float("nan"), 0, True, "x", 0.5)
+
+
+def places(node, at=()):
+    """Yield the path of every value within a JSON value."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def replaced(content, path, value):
+    content = deepcopy(content)
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return content
+
+
+def hostile(count):
+    files = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
+             "video_preprocessor_config.json", "processor_config.json")  # fmt: skip
+    contents = {file: json.loads((SOURCE / file).read_text()) for file in files}
+    every = [(file, path, value) for file in files for path in places(contents[file]) for value in VALUES]
+    for file, path, value in random.Random(11).sample(every, count):
+        yield pytest.param(file, replaced(contents[file], path, value), id=f"{file}:{path}={value!r}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("file", "content"), list(hostile(30)))
+def test_a_hostile_value_is_refused_or_works(copy, file, content):
+    folder = copy()
+    put(folder, file, content)
+    line = ""
+    try:
+        model = SpecVLM(load(folder))
+        model.generate(tiny.video(2), "What?", max_new_tokens=2, drafter="none")
+    except SpecVLMError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert len(line) < 900
+
+
+@pytest.mark.parametrize("value", ["", True, [], [2, 3, -3], [2, 3, "3"], [2, 3, 4]])
+def test_sections_of_a_rotary_embedding_that_do_not_fit(copy, value):
+    folder = copy()
+    rope = CONFIG["text_config"]["rope_parameters"] | {"mrope_section": value}
+    put(folder, "config.json", text(rope_parameters=rope))
+    with pytest.raises(UnsupportedModel, match="mrope_section"):
+        load(folder)
+
+
+def test_what_libraries_log_about_a_refused_checkpoint_is_not_told(copy):
+    folder = copy()
+    rope = CONFIG["text_config"]["rope_parameters"] | {"rope_type": "foo"}
+    put(folder, "config.json", text(rope_parameters=rope))
+    handler = logging.StreamHandler(told := io.StringIO())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(UnsupportedModel, match="foo"):
+            load(folder)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert told.getvalue() == ""
 
 
 # Names

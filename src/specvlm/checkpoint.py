@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
-from specvlm.errors import CapacityError, SpecVLMError, UnsupportedModel, one_line
+from specvlm.errors import CapacityError, ConfigError, SpecVLMError, UnsupportedModel, one_line
 from specvlm.families import Family, family_for
+from specvlm.media import Frames
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint on the hub: all files but the weights
@@ -36,6 +37,7 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers' order; each may be an index of several files
 _LFS = b"version https://git-lfs.github.com/spec"
 _LFS_BYTES = 1024  # a pointer is shorter
+_REHEARSED = {"video": 2, "image": 1}  # frames
 _NAMED = 3  # weights that a message names
 _MOST_CHARS = 400  # of what another library says
 # Numbers of a config that memory or time is asked for before any weight is seen, and the most that is believed.
@@ -86,6 +88,24 @@ class Checkpoint:
         configs = (self.config, self.config.get_text_config())
         return any(getattr(config, "quantization_config", None) for config in configs)
 
+    def rehearse(self, family: Family) -> None:
+        """Let the family lay out a small video and image, without pixels, so that settings that cannot work are told.
+
+        Raises:
+            UnsupportedModel: they fill the whole context.
+        """
+        pixels = torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device="meta")
+        media = [Frames(pixels[:count], torch.arange(count).double(), 1.0, kind) for kind, count in _REHEARSED.items()]
+        content = [*({"type": kind} for kind in _REHEARSED), {"type": "text", "text": "?"}]
+        context = self.config.get_text_config().max_position_embeddings
+        with suppress(ConfigError):  # a chat template for text alone serves text
+            tokens = family.measure([{"role": "user", "content": content}], media).num_tokens
+            if tokens > context:
+                raise UnsupportedModel(
+                    f"cannot load {self.name}: three frames of 224 x 224 become {tokens} tokens by its processor's "
+                    f"settings, more than its context of {context}: fetch its preprocessor files again"
+                )
+
     def fetch(self) -> None:
         """Bring the weights of a hub id to its folder."""
         if os.path.isdir(os.path.expanduser(self.name)):
@@ -105,6 +125,7 @@ class Checkpoint:
         files = [directory / file for file in _weight_files(self.name, directory)]
         headers = {key: weight for file in files for key, weight in _header(file).items()}
         if not self.is_quantised:
+            _check_room(self.name, headers, place, dtype)
             self._refuse_other_weights(self._load(None, torch.device("meta"), dtype, headers)[1])
         model, info = self._load(self.directory, place, dtype)
         self._refuse_other_weights(info)
@@ -341,6 +362,24 @@ def _header(path: Path) -> dict[str, Tensor]:
             return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise UnsupportedModel(f"{path} cannot be read ({_said(error)}): fetch the file again") from error
+
+
+def _check_room(name: str, headers: Mapping[str, Tensor], place: torch.device, dtype: torch.dtype) -> None:
+    """Refuse weights that a GPU has no room for, before they are read.
+
+    Raises:
+        CapacityError: the numbers.
+    """
+    if place.type != "cuda":
+        return
+    needed = sum(weight.numel() for weight in headers.values()) * dtype.itemsize
+    unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    free = torch.cuda.mem_get_info(place)[0] + unused
+    if needed > free:
+        raise CapacityError(
+            f"{name} does not fit on {place}: its weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+            "choose another device, a smaller model, or a smaller dtype"
+        )
 
 
 def _some(words: Collection[str]) -> str:

@@ -18,7 +18,7 @@ from specvlm import attention, tree
 from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.config import shown
 from specvlm.decoder import Decoder, Weight, is_supported
-from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.errors import ConfigError, UnsupportedModel, one_line
 from specvlm.families import Family, Features, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
@@ -54,6 +54,7 @@ class VideoLM:
         self.dtype: torch.dtype = embeddings.dtype
         self.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
         self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
+        _check_rotary(hf, int(head_dim), is_3d=bool(getattr(family, "is_mrope", False)), name=name)
         self.eos_ids = _eos_ids(hf, self.tokenizer, name)
         self.rules = Rules(hf, name, self.eos_ids, self.vocab_size)  # of its generation_config.json
 
@@ -86,6 +87,7 @@ class VideoLM:
             checkpoint = Checkpoint.open(name)
             check_text(checkpoint.config.get_text_config(), name)
             family = checkpoint.family(checkpoint.directory, checkpoint.config, checkpoint.tokenizer)
+            checkpoint.rehearse(family)
             checkpoint.fetch()
             with _progress(name, checkpoint.directory, place, watch):
                 hf = checkpoint.read(place, number)
@@ -384,6 +386,24 @@ def _device_of(hf: Any, name: str) -> torch.device:
         places = ", ".join(sorted(map(str, devices)))
         raise UnsupportedModel(f"{name}: its weights lie on {places}: load it on one device")
     return devices.pop()
+
+
+def _check_rotary(hf: Any, head_dim: int, *, is_3d: bool, name: str) -> None:
+    """Refuse a rotary embedding that is not made for whole heads of this width.
+
+    Raises:
+        UnsupportedModel: its settings are told.
+    """
+    embeds = hf.get_input_embeddings().weight[:1][None]
+    positions = torch.zeros((3, 1, 1) if is_3d else (1, 1), dtype=torch.int64, device=embeds.device)
+    try:
+        width = hf.model.language_model.rotary_emb(embeds, positions)[0].shape[-1]
+        problem = f"turn {width} numbers of a head"
+    except Exception as error:
+        width, problem = 0, f"do not work ({one_line(error)[:200]})"
+    if width != head_dim:
+        settings = getattr(hf.config.get_text_config(), "rope_parameters", None)
+        raise UnsupportedModel(f"{name}: its rope_parameters={settings} {problem}, not all {head_dim}")
 
 
 def _eos_ids(hf: Any, tokenizer: Any, name: str) -> frozenset[int]:
