@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import resource
 import struct
 import subprocess
@@ -166,15 +167,33 @@ def test_times_that_leap_elsewhere_are_kept_and_told(folder: Path, suffix: str):
     assert shown(path, fps=2, end=3) == EVERY_FIFTH[:6]
 
 
-def test_times_that_stand_still_are_counted_and_told(folder: Path):
+def test_times_that_do_not_rise_are_counted_and_told(folder: Path):
     data = bytearray(
         make_video(folder / "stuck.mp4", 60, rate=10, options={"preset": "veryfast", "bf": "0"}).read_bytes()
     )
     table = data.index(b"stts")
     assert struct.unpack(">III", data[table + 8 : table + 20])[:2] == (1, 60)
     data[table + 16 : table + 20] = struct.pack(">I", 0)  # every frame lasts no time
-    with pytest.warns(MediaWarning, match="timestamps that cannot be right: they stand still"):
+    with pytest.warns(MediaWarning, match="timestamps that cannot be right: they do not rise"):
         assert len(load(data, C(fps=1000)).pixels) == 60
+
+
+@pytest.mark.parametrize("times", ["again", "falling", "all zero"])
+def test_matroska_whose_times_are_wrong_within(folder: Path, times: str):
+    path = make_video(folder / "blocks.mkv", 60, rate=20, gop=60, codec="mpeg4")  # one keyframe: one cluster
+    data = bytearray(path.read_bytes())
+    blocks = re.finditer(rb"\xa3(?:[\x81-\xff]|[\x40-\x7f].)\x81(..)[\x80\0]", data, re.DOTALL)
+    places = [found.start(1) for found in blocks]
+    told = [struct.unpack(">h", data[place : place + 2])[0] for place in places]
+    assert told == [50 * n for n in range(60)]
+    wrong = {"again": told[:30] * 2, "falling": told[::-1], "all zero": [0] * 60}[times]
+    for place, value in zip(places, wrong, strict=True):
+        data[place : place + 2] = struct.pack(">h", value)
+    if times == "again":
+        assert shown(data, num_frames=12) == EVERY_FIFTH
+        return
+    with pytest.warns(MediaWarning, match="do not rise, so its frames are taken to follow at 20 a second"):
+        assert shown(data, num_frames=12) == EVERY_FIFTH
 
 
 @pytest.mark.parametrize("suffix", ["flv", "asf", "mp4", "apng", "ivf"])

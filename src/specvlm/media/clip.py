@@ -17,6 +17,7 @@ from specvlm.media.frames import Data, Floats
 from specvlm.media.track import Track, Walk
 
 _STATES_ITS_END = ("mov", "matroska", "flv", "ivf", "mxf")  # the length in the header is that of what was written
+_LOOKED_THROUGH = 256 << 20  # bytes of a file without an index of its frames all of whose packets are looked at
 _MOST_SECONDS = 1e9  # 31 years; what states more is damaged
 
 
@@ -84,13 +85,13 @@ class Clip(Track):
                 # Packets stand in decoding order, and MPEG-TS is not entered at keyframes: start well before.
                 self.scout.seek(self.ticks(stated) - 16 * self.gap, stream=self.stream)
                 walk = self.walk()
-                if walk.last is not None and not walk.breaks and not walk.stands_still:
+                if walk.last is not None and not walk.breaks and not walk.does_not_rise:
                     return walk
         walk = self._walk_from_start()
         if walk.is_slow:
             self.is_broadcast = False
             walk = self._walk_from_start()
-        if self.is_timed and walk.stands_still:
+        if self.is_timed and walk.does_not_rise:
             self.is_stuck = True
             self.count_frames()
             walk = self._walk_from_start()
@@ -105,6 +106,8 @@ class Clip(Track):
 
     def _may_have_breaks(self) -> bool:
         """Whether timestamps may start again anywhere, so that all packets have to be looked at."""
+        if not self.is_indexed and ending.size_of(self.data) <= _LOOKED_THROUGH:
+            return True
         places = np.array([entry.pos for entry in self.stream.index_entries], np.int64)  # in the order of their times
         return self.is_broadcast or self.is_fragmented or bool((np.diff(places) < 0).any())
 

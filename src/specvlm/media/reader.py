@@ -108,7 +108,7 @@ def _warn(clip: Clip, wanted: Plan, found: Reading) -> None:
 def _odd_times(clip: Clip, seconds: list[float]) -> list[str]:
     """Return what is odd about the times of the frames."""
     if clip.is_stuck:
-        return [f"they stand still, so its frames are taken to follow at {clip.rate:.6g} a second"]
+        return [f"they do not rise, so its frames are taken to follow at {clip.rate:.6g} a second"]
     shown, counts = np.unique(seconds, return_counts=True)
     most = int(counts.argmax())
     if len(seconds) < 10 or counts[most] < 0.9 * len(seconds):

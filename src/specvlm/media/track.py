@@ -147,6 +147,7 @@ class Walk:
     last: tuple[int, float] | None = None  # the last frame's start, in ticks from the origin, and its length in ticks
     num: int = 0
     num_still: int = 0  # packets with the timestamp of the one before
+    num_falling: int = 0  # packets with an earlier one; of reordered frames, up to half
     last_byte: int = 0  # where the last complete packet ends in the file
     is_spoilt: bool = False  # the last packet, of any track, is not complete
     decoding_end: float = 0.0  # seconds; the end by decoding times, as mp4 counts
@@ -161,14 +162,15 @@ class Walk:
             self.last = start, length
         self.num += 1
         self.num_still += packet.pts is not None and packet.pts == self._before
+        self.num_falling += packet.pts is not None and self._before is not None and packet.pts < self._before
         self._before = packet.pts
         if not packet.is_corrupt:
             self.last_byte = max(self.last_byte, (packet.pos or 0) + packet.size)
 
     @property
-    def stands_still(self) -> bool:
-        """Whether most timestamps are that of the frame before."""
-        return 2 * self.num_still > self.num
+    def does_not_rise(self) -> bool:
+        """Whether most timestamps are that of the frame before, or earlier."""
+        return 2 * self.num_still > self.num or 4 * self.num_falling > 3 * self.num
 
     @property
     def is_slow(self) -> bool:
