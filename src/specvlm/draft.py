@@ -15,7 +15,7 @@ from torch import Tensor
 from specvlm import attention, policy, tree, verify
 from specvlm.account import Seconds
 from specvlm.config import DraftConfig, PruneConfig, SamplingConfig, shown
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, SpecVLMError, one_line
 from specvlm.families import Inputs, Prompt
 from specvlm.growth import HEAD, Growth, merged
 from specvlm.lookup import Lookup
@@ -141,6 +141,50 @@ def create(config: DraftConfig, draft: VideoLM | None, target: VideoLM) -> Draft
     if issubclass(found, SelfDrafter) and (draft is None or draft.hf is not target.hf):
         return found(target, config)
     return found(draft, config)
+
+
+def propose(drafter: Drafter, token: int, drafted: Shape | Tree, target: VideoLM) -> Draft:
+    """Return what a drafter proposes. What a stranger's class returns is looked through first, which waits for it.
+
+    Raises:
+        ConfigError: it failed, or it returned something else than a Draft of this target's tokens.
+    """
+    if type(drafter).__module__.startswith("specvlm."):
+        return drafter.propose(token, drafted)
+    name = type(drafter).__name__
+    try:
+        found: object = drafter.propose(token, drafted)
+    except (SpecVLMError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}.propose() failed: {type(error).__name__}: {one_line(error)}; mend it") from error
+    if not isinstance(found, Draft):
+        raise ConfigError(f"{name}.propose() returned {shown(found)}: a Draft is wanted, such as Draft.of() makes")
+    if problem := _problem_of(found, target.vocab_size):
+        raise ConfigError(f"{name}.propose() returned a Draft whose {problem}: make it with Draft.of()")
+    return found
+
+
+def _problem_of(draft: Draft, vocab_size: int) -> str | None:
+    """Say what is wrong with a draft; None where nothing is."""
+    tensors = {"tokens": draft.tokens, "parents": draft.parents, "notes": draft.notes}
+    for name, values in tensors.items():
+        if not isinstance(values, Tensor) or values.dtype != torch.int64 or values.dim() != 1:
+            return f"{name} are no tensor [N] of int64"
+    count = len(draft)
+    if count > tree.MAX_NODES:
+        return f"{count} nodes are more than {tree.MAX_NODES}"
+    parents, tokens = draft.parents.tolist(), draft.tokens.tolist()
+    if len(parents) != count or not all(-1 <= parent < node for node, parent in enumerate(parents)):
+        return "parents are not one for each node, -1 or a node before it"
+    if not all(-1 <= token < vocab_size for token in tokens):
+        return f"tokens are not all from -1 (an empty place) to {vocab_size - 1}"
+    rows = Rows.of((-1, *(parent + 1 for parent in parents)), count + 1, torch.device("cpu"))
+    if not isinstance(draft.rows, Rows) or draft.rows.to(torch.device("cpu")) != replace(
+        rows, is_chain=draft.rows.is_chain
+    ):
+        return "rows are not those of its parents"
+    return None if rows.is_chain or not draft.rows.is_chain else "rows are no chain"
 
 
 @drafter("none")

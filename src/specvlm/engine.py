@@ -250,6 +250,10 @@ class SpecVLM:
         config, stage, device = request.config, request.seconds.stage, self.target.device
         sampling, session = config.sampling, start.session
         request.usage.prompt_tokens, request.usage.visual_tokens = len(start.prompt), start.prompt.num_visual
+        if request.speculation.target_passes:
+            raise ConfigError("a Request runs once: make another with request()")
+        if not session.is_at_prompt:
+            raise ConfigError("this Prefilled was decoded already: call session.rollback() before decode()")
         if session.cache.capacity < session.length + sampling.max_new_tokens + tree.MAX_NODES:
             problem = f"this prefill has no room for max_new_tokens={sampling.max_new_tokens}"
             raise CapacityError(f"{problem}: prefill again with that setting")
@@ -273,7 +277,7 @@ class SpecVLM:
             with stage("decode"):
                 token = latest.token_ids[-1]
                 choice = chooser.choose(ending.left - 1)
-                draft = drafter.propose(token, choice.drafted).to(device)
+                draft = drafting.propose(drafter, token, choice.drafted, self.target).to(device)
                 if not session.is_ready(len(draft) + 1):
                     with stage("capture", device):
                         session.capture(len(draft) + 1)
@@ -355,7 +359,7 @@ class SpecVLM:
             start: its prefill, where there is one already.
         """
         if request.speculation.target_passes:
-            raise ValueError("a Request runs once: make another with request()")
+            raise ConfigError("a Request runs once: make another with request()")
         request.seconds.start()
         text = TextStream(self.target.tokenizer, self.target.eos_ids, request.config.sampling.stop)
         for latest in self.rounds(request) if start is None else self.decode(request, start):

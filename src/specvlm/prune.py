@@ -13,14 +13,14 @@ Of the settings it gets those that it names as keyword-only parameters: mass, fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specvlm.config import PruneConfig, shown
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, SpecVLMError, one_line
 
 Pruner = Callable[..., Tensor]
 PRUNERS: dict[str, Pruner] = {}
@@ -76,25 +76,42 @@ def select(scores: Tensor, grid: Tensor, visual_id: Tensor, config: PruneConfig)
     options = {name: value for name, value in _options(config).items() if name in wanted}
     if not config.per_visual:
         count = budget(config, total)
-        chosen = function(scores, _stack_visuals(grid, visual_id), count, **options)
-        return _checked(chosen, config.pruner, count, total)
+        chosen = _chosen(config.pruner, scores, _stack_visuals(grid, visual_id), count, options)
+        return _checked(chosen, config.pruner, count, total).to(scores.device)
     kept, start = [], 0
     sizes = torch.unique_consecutive(visual_id, return_counts=True)[1].tolist()
     for size, count in zip(sizes, shares(sizes, budget(config, total)), strict=True):
         part = slice(start, start + size)
-        chosen = function(scores[part], grid[part], count, **options)
+        chosen = _chosen(config.pruner, scores[part], grid[part], count, options)
         kept.append(_checked(chosen, config.pruner, count, size) + start)
         start += size
-    return torch.cat(kept)
+    return torch.cat(kept).to(scores.device)
 
 
-def _checked(kept: Tensor, name: str, count: int, total: int) -> Tensor:
+def _chosen(name: str, scores: Tensor, grid: Tensor, count: int, options: Mapping[str, Any]) -> object:
+    """Return what a pruner returns.
+
+    Raises:
+        ConfigError: it failed.
+    """
+    try:
+        return PRUNERS[name](scores, grid, count, **options)
+    except (SpecVLMError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"pruner {name!r} failed: {type(error).__name__}: {one_line(error)}; mend it") from error
+
+
+def _checked(found: object, name: str, count: int, total: int) -> Tensor:
     """Return what a pruner kept, ascending.
 
     Raises:
-        ConfigError: it kept more than it was asked for, something twice, or what is not there.
+        ConfigError: it is no tensor of indices, or more than were asked for, or holds one twice or what is not there.
     """
-    kept = kept.sort().values
+    if not isinstance(found, Tensor) or found.dim() != 1 or found.dtype not in (torch.int64, torch.int32):
+        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else shown(found)
+        raise ConfigError(f"pruner {name!r} returned {what}: a tensor [K] of int64 indices is wanted; mend it")
+    kept = found.long().sort().values
     is_within = kept.shape[0] <= count and bool(((kept >= 0) & (kept < total)).all())
     if not is_within or bool((kept[1:] == kept[:-1]).any()):
         wanted = f"at most {count} distinct indices from 0 to {total - 1}"

@@ -146,6 +146,11 @@ class Session(ABC):
         positions = (first - 1 + rows.depths).expand(shape)
         return positions if self._behind is None else positions - self._behind
 
+    @property
+    def is_at_prompt(self) -> bool:
+        """Whether the known text is the prompt alone."""
+        return self.length == self._prompt_len
+
     def rollback(self, length: int | None = None) -> None:
         """Go back to a number of rows, by default to the end of the prompt."""
         length = self._prompt_len if length is None else length
