@@ -60,7 +60,7 @@ def _add_quality(questions: Any) -> None:
 
 
 def _add_speed(questions: Any) -> None:
-    text = "time decoding, its passes beside the least that reading the weights takes, and other engines on the same models"
+    text = "time decoding, its passes beside the least that reading weights takes, and other engines on the same models"
     parser = questions.add_parser("speed", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=_bench_speed)
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
