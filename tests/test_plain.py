@@ -156,6 +156,27 @@ def test_a_head_with_a_bias_and_a_hook_for_all_modules():
         handle.remove()
 
 
+def test_what_waits_for_the_first_call_happens_and_what_wants_every_call_is_refused():
+    """compressed-tensors unpacks its weights in a hook of the whole model, which takes itself off."""
+    raw, family = tiny.load("qwen2_5_vl")
+    hf, other = copy.deepcopy(raw), copy.deepcopy(raw)
+    other.lm_head.weight.data *= 2
+
+    def unpack(module, args):
+        module.lm_head.weight.data *= 2
+        handle.remove()
+
+    handle = hf.register_forward_pre_hook(unpack)
+    model, _, logits = ours(hf, family)
+    assert model.target.decoder is not None
+    torch.testing.assert_close(logits, theirs(other, family), rtol=0, atol=1e-4)
+    for part in (other, other.model):
+        handle = part.register_forward_hook(lambda module, args, output: None)
+        with pytest.raises(UnsupportedModel, match="wrapped: hooks"):
+            VideoLM(other, family, name="wrapped")
+        handle.remove()
+
+
 def test_what_transformers_loads_is_taken_over(family):
     model = load(family, "target")
     assert model.decoder is not None

@@ -22,6 +22,7 @@ from specvlm.errors import ConfigError, UnsupportedModel, one_line
 from specvlm.families import Family, Features, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
+from specvlm.plain import is_patched
 from specvlm.rules import Rules
 from specvlm.session import FusedSession, HFSession, Session
 
@@ -32,6 +33,8 @@ class VideoLM:
     def __init__(self, hf: Any, family: Family, *, name: str = "") -> None:
         text = hf.config.get_text_config()
         check_text(text, name)
+        self.device: torch.device = _device_of(hf, name)
+        _settle(hf, name)
         hf.set_attn_implementation({"text_config": attention.NAME})
         self.hf = hf.eval()
         self.family = family
@@ -40,7 +43,6 @@ class VideoLM:
         self.tokenizer = family.tokenizer
         self.model_type: str = hf.config.model_type
         embeddings = hf.get_input_embeddings().weight  # of the model's own type, whatever became of the other weights
-        self.device: torch.device = _device_of(hf, name)
         self.vocab_size: int = hf.lm_head.out_features
         self.context_len: int = text.max_position_embeddings
         language_model = hf.model.language_model
@@ -386,6 +388,22 @@ def _device_of(hf: Any, name: str) -> torch.device:
         places = ", ".join(sorted(map(str, devices)))
         raise UnsupportedModel(f"{name}: its weights lie on {places}: load it on one device")
     return devices.pop()
+
+
+@torch.no_grad()
+def _settle(hf: Any, name: str) -> None:
+    """Let what waits for a model's first call happen, as compressed-tensors' unpacking does.
+
+    Raises:
+        UnsupportedModel: its hooks, or its forward function, want to see every call; only its parts are called here.
+    """
+    whole = (hf, hf.model)
+    if any(is_patched(module) for module in whole):
+        hf(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=hf.get_input_embeddings().weight.device))
+    if any(is_patched(module) for module in whole):
+        raise UnsupportedModel(
+            f"{name}: hooks or a forward function of the whole model are not called here: take them off"
+        )
 
 
 def _check_rotary(hf: Any, head_dim: int, *, is_3d: bool, name: str) -> None:

@@ -16,13 +16,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
+def is_patched(module: Any) -> bool:
+    """Whether a module has hooks or a forward function that is not its class's own; its children are not looked at."""
+    is_own = "forward" not in vars(module) and type(module).forward.__module__ == type(module).__module__
+    return not is_own or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def is_untouched(module: Any) -> bool:
-    """Whether a call of a module is a call of its class's own forward function; its children are not looked at."""
-    return (
-        "forward" not in vars(module)
-        and type(module).forward.__module__ == type(module).__module__
-        and not any(getattr(module, hooks) or getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
-    )
+    """Whether a call of a module is a call of its class's own forward function: no hook is there for all modules."""
+    return not is_patched(module) and not any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
 
 
 def is_plain(module: Any, like: Tensor) -> bool:
