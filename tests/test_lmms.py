@@ -29,9 +29,11 @@ from loguru import logger
 
 from specvlm import CapacityError, ConfigError, EngineConfig, MediaError, SpecVLM, UnsupportedModel
 from specvlm.account import Speculation, Usage
+from specvlm.config import VideoConfig
+from specvlm.families import parse
 from specvlm.lmms import model as adapter
 from specvlm.lmms.model import LmmsModel, to_settings
-from specvlm.media import Frames
+from specvlm.media import load as load_media
 
 ROOT = Path(__file__).parent.parent
 TASK = ROOT / "tests" / "lmms_task"
@@ -156,7 +158,7 @@ def test_model_args_arrive_as_their_fields_take_them(load, written, arrives):
             "unknown model_args 'pretrained': known are target, draft, device, .*, keep_ratio, .*, window$",
         ),
         ("tree=[0", r"tree=\[0 is not allowed: give a list or quoted text as JSON"),
-        ("keep_ratio=2", "keep_ratio=2 is not allowed: above 0 and at most 1"),
+        ("keep_ratio=2", "keep_ratio=2.0 is not allowed: above 0 and at most 1"),
     ],
 )
 def test_wrong_model_args_are_an_error(written, message):
@@ -301,8 +303,8 @@ def test_a_video_may_have_a_beginning_and_an_end_of_its_own(load, tmp_path, part
     model.generate_until(requests(model, lambda doc: user(*content), fps=2.0))
     whole, cut, text = pair.asked[0][0][0]["content"]
     assert (whole, text) == (content[0], content[2])
-    assert isinstance(cut["video"], Frames)
-    assert cut["video"].seconds.tolist() == seconds
+    _, (_, medium) = parse(user(content[0], cut, text))
+    assert load_media(medium.source, medium.config(VideoConfig(fps=2.0))).seconds.tolist() == seconds
 
 
 def test_any_media_give_the_text_that_the_pair_gives(tmp_path):
@@ -321,7 +323,7 @@ def test_any_media_give_the_text_that_the_pair_gives(tmp_path):
     model = LmmsModel(**PAIR, device="cpu", tree="paper")
     results = model.generate_until(requests(model, turns.__getitem__, num=4, max_new_tokens=9, do_sample=False))
     pair = SpecVLM.from_pretrained(**PAIR, device="cpu")
-    cut = {"type": "video", "video": adapter.media.load(path, EngineConfig().replace(start=2.0).video)}
+    cut = {"type": "video", "video": path, "video_start": 2.0}
     turns[0][0]["content"][1] = cut
     assert [each.text for each in results] == [pair.generate(turn, max_new_tokens=9).text for turn in turns]
     assert all(each.text for each in results)

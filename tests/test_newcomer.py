@@ -19,6 +19,7 @@ from specvlm.draft import DRAFTERS
 from specvlm.effects import SettingWarning
 from specvlm.fit import FitWarning
 from specvlm.prune import PRUNERS
+from specvlm.text import Chunk
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 MODEL = ("--target", TARGET)
@@ -303,7 +304,8 @@ def test_settings_of_another_drafter_are_told_in_python_too():
 def test_every_text_can_be_written(monkeypatch, encoding, folder):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    monkeypatch.setattr("specvlm.text.TextStream._decode", lambda self: "caf\u00e9 \u4e2d \udcff")
+    chunk = Chunk("caf\u00e9 \u4e2d \udcff", (1,), "length")
+    monkeypatch.setattr("specvlm.text.TextStream.add", lambda *_: chunk)
     assert cli.main(["describe", "a.mp4", *MODEL, "--max-new-tokens", "1"]) == 0
     text = raw.getvalue().decode(encoding)
     assert text == {
@@ -375,8 +377,7 @@ def test_a_request_to_end_leaves_nothing_behind(monkeypatch, capsys):
     try:
         assert cli.main(["describe", "a.mp4", *MODEL]) == 128 + signal.SIGTERM
     finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is before
     assert (ended, capsys.readouterr()) == ([True], ("", ""))
 
 

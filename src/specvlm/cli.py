@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", console.INTERRUPTED)
     except console.Terminated as error:
         return error.status
+    finally:
+        console.restore_signals()
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -80,6 +80,14 @@ def raise_on_signals() -> None:
                 signal.signal(number, _terminate)
 
 
+def restore_signals() -> None:
+    """Let the signals that end a program do so again, where `raise_on_signals` had its way."""
+    with suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is _terminate:
+                signal.signal(number, signal.SIG_DFL)
+
+
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
     raise Terminated(number)
 
