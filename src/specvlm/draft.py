@@ -286,7 +286,7 @@ class ModelDrafter(Drafter):
             self._bias = own(("bias", self._shared), lambda: torch.empty_like(shared)).copy_(shared)
         self._clock: Tensor = own("clock", lambda: torch.zeros(2, dtype=torch.int64, device=model.device))
         bins = (tree.NUM_RANKS, policy.NUM_BINS)
-        self._worth: Tensor = own("worth", lambda: torch.zeros(bins, device=model.device))
+        self._worth: Tensor = own("worth", lambda: torch.zeros(bins, dtype=torch.float32, device=model.device))
         self._lookup = _words_of(context.prompt) if self._config.lookup_tokens else None
 
     def _start(self, context: Context) -> tuple[Session, Prompt]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from specvlm import costs, effects, media, prune, sources, tree, verify
 from specvlm import draft as drafting
 from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
+from specvlm.ambient import neutral, neutral_steps
 from specvlm.byvalue import ByValue
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
 from specvlm.draft import Context, Drafter
@@ -208,6 +209,7 @@ class SpecVLM:
         """Yield one Round a target pass until the text ends: the loop of SpecVLM (arXiv 2508.16201, section 3)."""
         return self.decode(request, self.prefill(request))
 
+    @neutral()
     def prefill(self, request: Request, *, is_scored: bool | None = None) -> Prefilled:
         """Read, encode and prefill a request on the target, which scores the visual tokens on the way.
 
@@ -247,6 +249,9 @@ class SpecVLM:
             start: its prefill.
             observe: told the target's logits [N + 1, vocab] of every pass before its Round comes.
         """
+        return neutral_steps(self._decode(request, start, observe))
+
+    def _decode(self, request: Request, start: Prefilled, observe: Callable[[Tensor], None]) -> Iterator[Round]:
         config, stage, device = request.config, request.seconds.stage, self.target.device
         sampling, session = config.sampling, start.session
         request.usage.prompt_tokens, request.usage.visual_tokens = len(start.prompt), start.prompt.num_visual
@@ -446,6 +451,7 @@ class SpecVLM:
             "dtype": str(self.target.dtype).removeprefix("torch."),
         }
 
+    @neutral()
     def read(self, request: Request) -> Inputs:
         """Read the media of a request and return the target's inputs.
 
@@ -457,6 +463,7 @@ class SpecVLM:
         inputs = target.family.inputs(prompted.messages, prompted.media, limits=prompted.limits, device=target.device)
         return replace(inputs, text_positions=request.config.video.text_positions)
 
+    @neutral()
     def load(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
         """Prepare a request and read its media, once for all requests that are made from it. Arguments: see `request`.
 

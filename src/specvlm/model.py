@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from specvlm import attention, tree
+from specvlm.ambient import neutral
 from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.config import shown
 from specvlm.decoder import Decoder, Weight, is_supported
@@ -61,6 +62,7 @@ class VideoLM:
         self.rules = Rules(hf, name, self.eos_ids, self.vocab_size)  # of its generation_config.json
 
     @classmethod
+    @neutral()
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
@@ -139,7 +141,11 @@ class VideoLM:
         """
         session = self._session_type(eager)(self, prompt, len(prompt) + max_new_rows)
         if score_from is None:
-            return session, session.prefill(prompt, None), torch.zeros(prompt.num_visual, device=self.device)
+            return (
+                session,
+                session.prefill(prompt, None),
+                torch.zeros(prompt.num_visual, dtype=torch.float32, device=self.device),
+            )
         scores = attention.Scores(prompt.visual_index, score_from, score_layers)
         return session, session.prefill(prompt, scores), scores.mean
 
@@ -164,6 +170,7 @@ class VideoLM:
     def _session_type(self, eager: bool) -> type[Session]:
         return HFSession if self.decoder is None or (eager and self.quant is None) else FusedSession
 
+    @neutral()
     def quantised(self, format: str, *, keep_original: bool = True) -> VideoLM:
         """Return a copy whose language layers and output head are weight-only quantised, for drafting.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from specvlm.ambient import neutral
 from specvlm.families import Inputs
 from specvlm.graphs import on, wait
 from specvlm.model import VideoLM
@@ -38,6 +39,7 @@ class _Clock(BaseStreamer):
         """Do nothing."""
 
 
+@neutral()
 def generate(
     target: VideoLM,
     inputs: Inputs,

@@ -143,8 +143,9 @@ def normalize(
     """
     scale = settings["rescale_factor"] if settings["do_rescale"] else None
     if not settings["do_normalize"]:
-        return pixels if scale is None else (pixels * scale).to(dtype)
-    mean, std = (torch.tensor(settings[name], device=pixels.device) for name in ("image_mean", "image_std"))
+        return pixels if scale is None else (pixels.to(torch.float32) * scale).to(dtype)
+    moments = (settings[name] for name in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(each, dtype=torch.float32, device=pixels.device) for each in moments)
     if scale is not None:
         mean, std = mean * (1.0 / scale), std * (1.0 / scale)
     shape = [1] * pixels.ndim
