@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from specvlm import EngineConfig, VideoConfig
+from specvlm import EngineConfig, SpecVLM, VideoConfig
 from specvlm import inspect as inspection
+from specvlm.engine import bundled
 from specvlm.inspect import Inspection, lay_out
 from specvlm.media import load
 
@@ -156,3 +157,11 @@ def test_letters_that_no_font_has_are_escapes(monkeypatch, prompt, drawn):
     found = inspected([0.25] * 4, prompt=prompt, name=f"{prompt}.mp4")
     assert words(found)[1] == f"\u201c{drawn}\u201d"
     inspection.draw(found)
+
+
+def test_a_video_in_messages_is_named_too(tmp_path):
+    clip = f"{bundled('clips')}/example.mp4"
+    content = [{"type": "video", "video": clip}, {"type": "text", "text": PROMPT}]
+    model = SpecVLM.from_pretrained(drafter="none", num_frames=2)
+    found = inspection.inspect(model, [{"role": "user", "content": content}])
+    assert (found.name, found.prompt) == ("example.mp4", PROMPT)

@@ -141,7 +141,7 @@ def inspect(
     start = model.prefill(request, is_scored=True)  # a pruner that reads no scores is shown with them too
     config = request.config
     keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, config.prune)
-    name = _name(source) or f"{len(frames.seconds)} frames"
+    name = _name(request.media[0].source) or f"{len(frames.seconds)} frames"
     return Inspection(
         name, last_words(request.messages), config, frames, start.prompt.grid.cpu(), start.scores.cpu(), keep.cpu()
     )
