@@ -7,10 +7,10 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, model, policy, prune, tree
+from specvlm import ConfigError, SamplingConfig, SpecVLM, model, policy, prune, tree
 from specvlm.account import Decision
 from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
-from specvlm.draft import DraftWarning, create
+from specvlm.draft import Context, DraftWarning, create, kind
 from specvlm.engine import bundled
 from specvlm.explain import explain
 from specvlm.graphs import Workspace
@@ -18,7 +18,7 @@ from specvlm.growth import best, merged
 from specvlm.kernels import quant
 from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
-from specvlm.policy import PLAIN, Acceptance, Choice
+from specvlm.policy import PLAIN, Choice
 from specvlm.session import FusedSession
 from specvlm.tree import Shape
 from specvlm.verify import Draft
@@ -127,7 +127,7 @@ def test_kept_tokens_are_chosen_anew(pair):
         return drafters[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specvlm.engine.drafting.create", watched)
+        patch.setattr("specvlm.drafts.drafting.create", watched)
         rounds = pair.decode(request, start)
         next(rounds)
         next(rounds)
@@ -232,22 +232,12 @@ def test_looking_up_in_an_empty_prompt_is_pointed_out():
         pair.request(tiny.video(2), "What?", **settings)
 
 
-def test_times_are_measured_once_and_leave_nothing_behind():
-    pair = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "draft"))
-    settings = {"max_new_tokens": 12, "ignore_eos": True}
-    first = pair.generate(tiny.video(6), PROMPT, **settings)
-    again = pair.generate(tiny.video(6), PROMPT, **settings)
-    assert first.seconds["calibrate"] > 0 == again.seconds["calibrate"]
-    assert first.token_ids == again.token_ids
-    longer = pair.generate(tiny.video(6), PROMPT + " red ball" * 300, **settings)
-    assert longer.seconds["calibrate"] > 0  # another bucket of lengths
-
-
 def test_measured_costs_grow_with_the_rows(pair):
     start = pair.prefill(pair.request(tiny.video(6), PROMPT))
     length = start.session.length
-    drafter = create(pair.config.draft, None, pair.target)
-    costs = measure(start.session, drafter, [tree.chain(3)])
+    keep = torch.arange(start.prompt.num_visual)
+    asked = Context(pair.target, start.session, start.inputs, start.prompt, keep, start.scores, SamplingConfig())
+    costs = measure(start.session, create(pair.config.draft, None, asked), [tree.chain(3)])
     assert start.session.length == length == start.session.cache.length
     assert costs.verify[1] > 0
     assert set(costs.verify) <= {*FREE_SIZES, *GRAPH_SIZES}
@@ -270,15 +260,6 @@ def test_decisions_are_explained_by_stretches():
     assert Decision(plain, 0, 1).to_dict()["nodes"] == 0
 
 
-def test_what_was_learnt_is_handed_to_the_next_request():
-    pair = SpecVLM(load("qwen2_5_vl", "target"), load("qwen2_5_vl", "draft"))
-    pair.generate(tiny.video(4), PROMPT, max_new_tokens=20, ignore_eos=True)
-    [known] = pair._acceptance.values()
-    assert isinstance(known, Acceptance)
-    pair.generate(tiny.video(4), PROMPT, max_new_tokens=20, ignore_eos=True, policy="fixed")
-    assert list(pair._acceptance.values()) == [known]
-
-
 def test_formats_are_those_of_the_kernels():
     assert quant.FORMATS == ("fp8", "int8", "int4")
 
@@ -295,7 +276,7 @@ def test_a_pass_that_could_not_verify_the_looked_up_tokens_is_refused_beforehand
 def test_a_policy_keeps_to_the_tree_that_was_named(pair, sizes):
     def options(drafter, spec):
         settings = pair.config.replace(drafter=drafter, tree=spec, policy="auto")
-        return create(settings.draft, pair.draft, pair.target).options(sizes)
+        return kind(settings.draft, pair.draft).options(settings.draft, sizes)
 
     bounded = options("model", "dynamic:8:2")
     assert max(len(drafted) for drafted in bounded) in (7, 8)

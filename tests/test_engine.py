@@ -332,8 +332,7 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair, pen
     start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
     keep = torch.arange(0, start.prompt.num_visual, 5)
     config = pair.request(None, repetition_penalty=penalty).config
-    drafter = create(config.draft, pair.draft, pair.target)
-    drafter.begin(context(pair, start, keep, config))
+    drafter = create(config.draft, pair.draft, context(pair, start, keep, config))
     pruned = pair.draft.encode(start.inputs).select(keep)
     session, _, _ = pair.draft.start(pruned, 64)
     known, topology = [11], tree.parse("paper")
@@ -375,9 +374,8 @@ def test_a_dynamic_tree_holds_the_likeliest_paths(spec):
     start = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none"))
     keep = torch.arange(0, start.prompt.num_visual, 5)
     config = pair.request(None, tree=spec).config
-    drafter, shape = create(config.draft, pair.draft, pair.target), tree.parse(spec)
-    asked = context(pair, start, keep, config)
-    drafter.begin(asked)
+    asked, shape = context(pair, start, keep, config), tree.parse(spec)
+    drafter = create(config.draft, pair.draft, asked)
     worth = torch.tensor(asked.acceptance.log_worth()).view(tree.NUM_RANKS, -1)
     pruned = pair.draft.encode(start.inputs).select(keep)
     session, _, _ = pair.draft.start(pruned, 64)

@@ -16,7 +16,8 @@ import pytest
 
 from specvlm import policy, tree
 from specvlm.errors import ConfigError
-from specvlm.policy import NUM_RANKS, PLAIN, Acceptance, Auto, Choice, Costs, Fixed, Observation, Shape
+from specvlm.pace import Costs, Pace
+from specvlm.policy import NUM_RANKS, PLAIN, Acceptance, Auto, Choice, Fixed, Observation, Shape
 
 GOOD = (0.70, 0.12, 0.05, 0.03)
 HOPELESS = (0.05, 0.02, 0.01, 0.01)
@@ -82,6 +83,21 @@ class World:
             if hit is None or (*path, hit) not in nodes:
                 return seen, len(path) + 1
             path = (*path, hit)
+
+
+def auto(costs, candidates, acceptance=None, **kwargs):
+    """Return a chooser that knows what a plain step takes."""
+    pace = Pace(costs)
+    pace.learn(PLAIN, costs.verify_ms(1))
+    return Auto(pace, candidates, acceptance, **kwargs)
+
+
+def tried(chooser):
+    """Return the chooser behind its first probe, which missed."""
+    choice = chooser.choose(99)
+    assert choice.is_probe
+    chooser.learn(choice, [Observation(1, None)], 1)
+    return chooser
 
 
 def play(world, chooser, num_tokens):
@@ -201,7 +217,7 @@ def test_static_trees_are_expected_to_bring_the_sum_over_their_paths():
 def test_shapes_and_trees_are_compared_in_one_list():
     mixed = [tree.parse("paper"), Shape(3, 4, 15), tree.parse("chain:2"), PLAIN, Shape(2, 1, 7)]
     for costs in (BF16, QUANT, SELF):
-        chosen = Auto(costs, mixed, Known([GOOD])).choose(99)
+        chosen = auto(costs, mixed, Known([GOOD])).choose(99)
         rates = {drafted: costs.round_ms(drafted) / expected(drafted, GOOD) for drafted in mixed if len(drafted)}
         assert chosen.drafted == min(rates, key=rates.get)
         assert chosen.ms / chosen.expected_tokens == pytest.approx(min(rates.values()))
@@ -213,7 +229,7 @@ def test_the_best_of_all_shapes_is_chosen():
         ranks = sorted(dice.dirichlet((9, 2, 1, 1, 3))[:4], reverse=True)
         for costs in (BF16, QUANT, SELF):
             best = best_fixed(ranks, costs)
-            chosen = Auto(costs, SHAPES, Known([ranks])).choose(99)
+            chosen = auto(costs, SHAPES, Known([ranks])).choose(99)
             assert (chosen.drafted, chosen.expected_tokens) == (best, pytest.approx(worth(best, ranks)))
 
 
@@ -330,7 +346,7 @@ def test_confidence_is_learnt_by_rank_and_bin_and_slowly_forgotten():
 
 @pytest.mark.parametrize("left", range(8))
 def test_nothing_deeper_than_what_may_be_accepted_is_drafted(left):
-    choice = Auto(QUANT, SHAPES, Known([(0.9, 0.05, 0.02, 0.01)])).choose(left)
+    choice = auto(QUANT, SHAPES, Known([(0.9, 0.05, 0.02, 0.01)])).choose(left)
     assert choice.drafted.depth == min(left, choice.drafted.depth)
     assert choice.drafted.depth == left or left > 4
     assert (choice.drafted == PLAIN) == (left == 0)
@@ -346,12 +362,11 @@ def test_fixed_is_fixed():
     before = chooser.choose(9).expected_tokens
     chooser.learn(chooser.choose(9), [Observation(1, None)], 1)
     assert chooser.choose(9).expected_tokens < before
-    assert Fixed(paper, BF16).choose(9).ms == BF16.round_ms(paper)
 
 
 def test_a_draft_that_can_never_pay_is_never_probed():
     costs = Costs({1: 10.0, 64: 10.0}, 10.0, {1: 10.0})  # a draft as slow as its target
-    chooser = Auto(costs, SHAPES)
+    chooser = auto(costs, SHAPES)
     spent, choices = play(World(GOOD, costs, 0), chooser, 100)
     assert spent == 1000
     assert choices[0].explain() == "plain: no tree fits or could pay"
@@ -359,7 +374,7 @@ def test_a_draft_that_can_never_pay_is_never_probed():
 
 def test_probes_come_at_their_interval_and_go_on_while_they_hit():
     interval = math.ceil((BF16.round_ms(Shape(1, 1, 3)) - 17.3) / (0.015 * 17.3))
-    chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
+    chooser = tried(auto(BF16, SHAPES, Known([HOPELESS])))
 
     def plain_steps():
         for waited in range(interval):
@@ -379,7 +394,7 @@ def test_probes_come_at_their_interval_and_go_on_while_they_hit():
 
 
 def test_a_draft_of_which_nothing_is_known_is_probed_at_once():
-    chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
+    chooser = tried(auto(BF16, SHAPES, Known([HOPELESS])))
     assert not chooser.choose(99).is_probe
     chooser.acceptance.version = 0
     assert chooser.choose(99).is_probe
@@ -387,23 +402,28 @@ def test_a_draft_of_which_nothing_is_known_is_probed_at_once():
 
 def test_rounds_that_take_longer_than_measured_are_chosen_less():
     """Drafting rounds at twice their measured time, a plain step as measured: what paid by a little pays no more."""
-    chooser = Auto(BF16, SHAPES, Known([(0.5, 0.1, 0.05, 0.03)]))
+    chooser = auto(BF16, SHAPES, Known([(0.5, 0.1, 0.05, 0.03)]))
     choice = chooser.choose(99)
     assert len(choice.drafted)
     assert choice.ms / choice.expected_tokens > 17.3 / 2
-    for _ in range(20):
-        chooser.learn(choice, [Observation(1, None)], 2, 2 * BF16.round_ms(choice.drafted))
+
+    def rounds(count, slower, plain_ms):
+        for _ in range(count):
+            choice = chooser.choose(99)
+            ms = slower * BF16.round_ms(choice.drafted) if len(choice.drafted) else plain_ms
+            chooser.learn(choice, [Observation(1, 0)] if len(choice.drafted) else [], 2, ms)
+
+    rounds(60, 2, 17.3)
     later = chooser.choose(99)
-    assert later.drafted == PLAIN
-    assert later.plain_ms == 17.3
-    for _ in range(20):
-        chooser.learn(later, [], 1, 3 * 17.3)  # now the whole machine is slower
+    assert later.drafted == PLAIN or later.is_probe
+    assert later.plain_ms == pytest.approx(17.3, rel=0.05)
+    rounds(60, 2, 3 * 17.3)  # now the whole machine is slower
     assert len(chooser.choose(99).drafted)
     assert 17.3 < chooser.choose(99).plain_ms < 3 * 17.3
 
 
 def test_a_time_that_says_nothing_changes_nothing():
-    chooser = Auto(BF16, SHAPES, Known([GOOD]))
+    chooser = auto(BF16, SHAPES, Known([GOOD]))
     choice = chooser.choose(99)
     for _ in range(20):
         chooser.learn(choice, [], 2)
@@ -412,7 +432,7 @@ def test_a_time_that_says_nothing_changes_nothing():
 
 def test_a_round_that_could_propose_nothing_is_no_probe():
     """Lookup without a match: the next round may try again, and what could not be tried is still due."""
-    chooser = Auto(BF16, SHAPES, Known([HOPELESS]))
+    chooser = auto(BF16, SHAPES, Known([HOPELESS]))
     chooser.acceptance.version = 0
     for _ in range(5):
         choice = chooser.choose(99)
@@ -427,23 +447,23 @@ def test_a_round_that_could_propose_nothing_is_no_probe():
 def test_two_choosers_of_one_acceptance_learn_from_each_other():
     acceptance = Acceptance()
     acceptance.learn([Observation(1, 0)])
-    short, long = Auto(BF16, SHAPES, acceptance), Auto(BF16, SHAPES, acceptance)
+    short, long = auto(BF16, SHAPES, acceptance), auto(BF16, SHAPES, acceptance)
     assert len(long.choose(99).drafted)
     for _ in range(5):
         short.learn(short.choose(99), [Observation(1, None)], 1)
-    assert long.choose(99).drafted == PLAIN
+    assert long.choose(99).drafted == PLAIN or long.choose(99).is_probe
 
 
 def test_where_no_shallow_tree_is_offered_the_shallowest_is_probed():
     trees = [tree.parse("paper"), tree.parse("chain:4"), tree.parse("chain:3")]
-    chooser = Auto(QUANT, trees, Known([HOPELESS]))
+    chooser = auto(QUANT, trees, Known([HOPELESS]))
     choices = play(World(HOPELESS, QUANT, 0), chooser, 256)[1]
     assert {choice.drafted for choice in choices} == {PLAIN, trees[2]}
 
 
 def test_a_probe_is_shallow_though_a_deeper_tree_were_nearer_to_paying():
     costs = Costs(VERIFY, 9.0, {1: 0.1})
-    chooser = Auto(costs, SHAPES, Known([(0.3, 0.04, 0.02, 0.01)]))
+    chooser = tried(auto(costs, SHAPES, Known([(0.3, 0.04, 0.02, 0.01)])))
     for _ in range(chooser.choose(99).probe_in):
         choice = chooser.choose(99)
         assert choice.best_ms < costs.round_ms(Shape(1, 1, 3)) / 1.37
@@ -453,7 +473,7 @@ def test_a_probe_is_shallow_though_a_deeper_tree_were_nearer_to_paying():
 
 
 def test_probes_that_cost_nothing_leave_some_plain_tokens_between():
-    choice = Auto(Costs(VERIFY, 0.1, {1: 4.0}), SHAPES, Known([(0.001,) * 4])).choose(99)
+    choice = tried(auto(Costs(VERIFY, 0.1, {1: 4.0}), SHAPES, Known([(0.001,) * 4]))).choose(99)
     assert (choice.drafted, choice.probe_in) == (PLAIN, 4)
 
 
@@ -497,7 +517,7 @@ def test_a_good_draft_runs_near_the_best_fixed_shape(costs, ranks):
     excess = []
     for seed in range(25):
         spent = gained = 0.0
-        for choice in play(World(ranks, costs, seed), Auto(costs, SHAPES), 320)[1]:
+        for choice in play(World(ranks, costs, seed), auto(costs, SHAPES), 320)[1]:
             tokens = worth(choice.drafted, ranks) if len(choice.drafted) else 1.0
             spent, gained = spent + costs.round_ms(choice.drafted), gained + tokens
             if gained < 64:
@@ -511,7 +531,7 @@ def test_a_good_draft_runs_near_the_best_fixed_shape(costs, ranks):
 
 @pytest.mark.parametrize("costs", [BF16, QUANT, SELF], ids=["bf16", "quantised", "self"])
 def test_a_hopeless_draft_costs_next_to_nothing(costs):
-    shares = [play(World(HOPELESS, costs, seed), Auto(costs, SHAPES), 256)[0] / (256 * 17.3) for seed in range(30)]
+    shares = [play(World(HOPELESS, costs, seed), auto(costs, SHAPES), 256)[0] / (256 * 17.3) for seed in range(30)]
     # 2 of 3000 other texts were above 1.025, none above 1.027: two of 30 are with a chance of 2e-4
     assert sorted(shares)[-2] < 1.025
     assert max(shares) < 1.035
@@ -531,7 +551,7 @@ def test_a_change_is_noticed_within_eight_rounds(costs, before, after, late):
     """Of 40 texts at most `late` need more; of 600 others 2, 9, 2 and 0 % did: false alarms are below 1e-3."""
     num_late = 0
     for seed in range(40):
-        world, chooser = World(before, costs, seed), Auto(costs, SHAPES)
+        world, chooser = World(before, costs, seed), auto(costs, SHAPES)
         play(world, chooser, 150)
         world.ranks = after
         num_late += rounds_until(world, chooser, lambda choice: has_switched(choice, after)) > 8
@@ -559,11 +579,11 @@ def rounds_until(world, chooser, is_done):
 
 def test_the_first_round_is_modest():
     for costs in (BF16, QUANT, SELF):
-        assert 1 <= Auto(costs, SHAPES).choose(99).drafted.depth <= 3
+        assert 1 <= auto(costs, SHAPES).choose(99).drafted.depth <= 3
 
 
 def test_choosing_is_quick():
-    chooser = Auto(BF16, SHAPES)
+    chooser = auto(BF16, SHAPES)
     seen = [Observation(depth, 0, (0, 3, 5, 6)) for depth in range(1, 6)]
     times = []
     for _ in range(50):

@@ -40,7 +40,9 @@ from specvlm.engine import bundled
 from specvlm.errors import CapacityError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import QuantWeight, dequantize
-from specvlm.policy import Auto, Choice, Costs
+from specvlm.model import VideoLM
+from specvlm.pace import Costs
+from specvlm.policy import Auto, Choice
 from specvlm.tree import PLAIN, Shape, parse
 
 PAIRS = ("qwen2.5-vl-32b/7b", "qwen3-vl-8b/2b", "llava-onevision-7b/0.5b")
@@ -282,7 +284,7 @@ def test_floor_by_hand():
     attention = 256 * 256 + 256 + 2 * (256 * 128 + 128) + 256 * 256
     layer = attention + 3 * 256 * 384 + 2 * 256
     weights = 4 * (2 * layer + 256 + 2048 * 256)
-    assert hardware.step_bytes(target) == weights
+    assert target.step_bytes == weights
     assert hardware.kv_bytes(target, 100) == 2 * 2 * 2 * 64 * 100 * 4
     assert hardware.floor_ms(target, 100, read_gb_s=2.0) == pytest.approx((weights + 204_800) / 2e9 * 1e3)
     assert hardware.weight_bytes(target, target) == 4 * sum(weight.numel() for weight in target.hf.parameters())
@@ -293,28 +295,29 @@ def test_a_tied_head_is_read_once_and_counts():
         hf, decoder = subject(PAIRS[0]).target.hf, None
         head = hf.lm_head.weight
 
-    before = hardware.step_bytes(Tied)
+    def step_bytes():
+        return VideoLM.step_bytes.fget(Tied)
+
+    before = step_bytes()
     own = Tied.hf.lm_head.weight
     try:
         Tied.hf.lm_head.weight = Tied.head = Tied.hf.get_input_embeddings().weight
-        assert hardware.step_bytes(Tied) == before
+        assert step_bytes() == before
     finally:
         Tied.hf.lm_head.weight = own
 
 
 def test_a_quantised_draft_reads_its_own_bytes():
     plain, int8 = loaded(PAIRS[0]).draft, loaded(PAIRS[0], Layers("model", "int8")).draft
-    dense = hardware.step_bytes(plain)
-    assert dense / 4 < hardware.step_bytes(int8) < dense / 3.5  # of float32, beside norms, biases and scales
+    dense = plain.step_bytes
+    assert dense / 4 < int8.step_bytes < dense / 3.5  # of float32, beside norms, biases and scales
     # its layers were freed, but for norms and biases; the tower and the embeddings are still there
     tower = sum(weight.nbytes for weight in plain.hf.model.visual.parameters())
     table = plain.hf.get_input_embeddings().weight.nbytes
-    least = tower + table + hardware.step_bytes(int8)
+    least = tower + table + int8.step_bytes
     assert least <= hardware.weight_bytes(int8) < least + dense / 50
     both = loaded(PAIRS[0], Layers("self", "int8"))
-    assert hardware.weight_bytes(both.target, both.draft) == hardware.weight_bytes(both.target) + hardware.step_bytes(
-        both.draft
-    )
+    assert hardware.weight_bytes(both.target, both.draft) == hardware.weight_bytes(both.target) + both.draft.step_bytes
 
 
 def test_the_read_rate_is_in_the_range_of_memories():
@@ -490,7 +493,6 @@ def test_the_command_measures_every_method(tmp_path, capsys):
     assert (lines["tree"]["keep_ratio"], lines["tree"]["kept_visual_tokens"]) == (0.2, 13)
     assert lines["plain"]["tree"] is lines["plain"]["keep_ratio"] is lines["plain"]["mean_accepted_length"] is None
     assert lines["plain"]["kept_visual_tokens"] is lines["lookup"]["kept_visual_tokens"] is None
-    assert lines["auto"]["kept_visual_tokens"] == lines["self"]["kept_visual_tokens"] == 13
     assert set(lines["tree"]["ttft_s"]) == {"read", "encode", "prefill", "prune", "draft_prefill"}
     assert set(lines["plain"]["ttft_s"]) == {"read", "encode", "prefill"}
     assert set(lines["transformers-eager"]["ttft_s"]) == {"read", "encode_prefill"}
@@ -498,7 +500,7 @@ def test_the_command_measures_every_method(tmp_path, capsys):
     for method in ("auto", "self"):
         rows = {name: tuple(step["rows"] for step in found) for name, found in lines[method]["passes"].items()}
         assert rows == {"verify": steps.VERIFIED_ROWS, "draft": steps.DRAFTED_ROWS}
-        assert lines[method]["once_s"]["calibrate"] > 0
+        assert set(lines[method]["once_s"]) == {"calibrate", "capture"}
         assert (lines[method]["drafter"], lines[method]["draft_quant"]) == (
             {"auto": "model"}.get(method, method),
             "none",
@@ -608,9 +610,13 @@ def test_plain_decoding_runs_beside_every_hopeless_draft(monkeypatch):
 
 def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
     cheap = Costs({1: 10.0, 64: 11.0}, first=1.0, level={1: 1.0, 8: 1.0})
-    monkeypatch.setattr("specvlm.costs.measure", lambda session, drafter, options: cheap)
+    monkeypatch.setattr("specvlm.memory.StepTimes.get", lambda self, target, draft: cheap)
     learn = Auto.learn  # from what came of rounds, not from how long they take here
-    monkeypatch.setattr(Auto, "learn", lambda self, *args: learn(self, *args[:3]))
+
+    def as_they_should(self, choice, seen, num_tokens, ms):
+        learn(self, choice, seen, num_tokens, cheap.round_ms(choice.drafted))
+
+    monkeypatch.setattr(Auto, "learn", as_they_should)
     monkeypatch.setattr(planted, "BLOCK", 48)
     sweep = small(methods=("auto", "self"), planted_drafts=planted.DRAFTS, num_tokens=150)
     published, hopeless, changing, itself = speed.measure(subject(PAIRS[0]), sweep, 10.0, print)

@@ -8,9 +8,10 @@ from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError,
 
 if TYPE_CHECKING:
     from specvlm.account import Generation
-    from specvlm.engine import Request, Round, SpecVLM
+    from specvlm.engine import Round, SpecVLM
     from specvlm.media import Frames
     from specvlm.prune import pruner
+    from specvlm.request import Request
     from specvlm.text import Chunk
 
 __all__ = [
@@ -37,7 +38,7 @@ _HEAVY = {  # names whose module imports torch: 3 to 5 seconds, which `specvlm -
     "Chunk": "text",
     "Frames": "media",
     "Generation": "account",
-    "Request": "engine",
+    "Request": "request",
     "Round": "engine",
     "SpecVLM": "engine",
     "pruner": "prune",

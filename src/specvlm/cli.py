@@ -25,7 +25,8 @@ from specvlm.status import Status, quiet_libraries
 
 if TYPE_CHECKING:
     from specvlm.account import Generation
-    from specvlm.engine import Request, SpecVLM
+    from specvlm.engine import SpecVLM
+    from specvlm.request import Request
     from specvlm.text import Chunk
 
 

@@ -10,7 +10,8 @@ import torch
 
 from specvlm.draft import Drafter
 from specvlm.graphs import wait
-from specvlm.policy import WIDTHS, Costs
+from specvlm.pace import Costs
+from specvlm.policy import WIDTHS
 from specvlm.session import Session
 from specvlm.tree import Shape, Tree
 

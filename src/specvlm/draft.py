@@ -36,7 +36,7 @@ class DraftWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Context:
-    """One request, as a drafter sees it at its start."""
+    """One request, as a drafter sees it when it is first asked to draft."""
 
     target: VideoLM
     session: Session  # the target's; it holds all known tokens but the newest
@@ -49,31 +49,41 @@ class Context:
     acceptance: Acceptance = field(default_factory=Acceptance)  # running, of this request
     eager: bool = False  # run the Hugging Face modules as they are
     seconds: Seconds = field(default_factory=Seconds)  # of the request
+    text: tuple[int, ...] = ()  # the known tokens of the text but the newest
 
 
 class Drafter:
-    """Proposes tokens. One instance serves one request. All but `propose` may be left as it is.
+    """Proposes tokens. One instance serves one request, from the first time that it is asked to draft.
+
+    All but `propose` may be left as it is.
 
     Args:
         model: the draft model, None where there is none.
         config: the request's.
+        context: what it drafts for; reading the prompt is a part of making the drafter.
     """
 
     prunes = False  # whether it reads the prompt with pruned visual tokens
+    encodes = False  # whether reading the prompt runs it on a model of its own
+    catches_up = False  # whether it has to run what was decoded without it
     device = torch.device("cpu")
 
-    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None: ...
+    def __init__(self, model: VideoLM | None, config: DraftConfig, context: Context) -> None: ...
 
-    def begin(self, context: Context) -> None:
-        """Read the prompt."""
-
-    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+    @classmethod
+    def options(cls, config: DraftConfig, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
         """Return what a policy may choose from.
 
         Args:
+            config: the request's.
             sizes: numbers of rows (nodes and the root) that the target is prepared to verify.
         """
         return [tree.chain(1)]
+
+    @classmethod
+    def relative_size(cls, model: VideoLM | None, target: VideoLM) -> float:
+        """Return the bytes that a pass of the draft reads over those of the target's; 0: drafting runs no model."""
+        return 0.0
 
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
         """Draft after the known text, whose newest token is `token`.
@@ -135,12 +145,15 @@ def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
     return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter]
 
 
-def create(config: DraftConfig, draft: VideoLM | None, target: VideoLM) -> Drafter:
-    """Return a new drafter of the class in force."""
-    found = kind(config, draft)
-    if issubclass(found, SelfDrafter) and (draft is None or draft.hf is not target.hf):
-        return found(target, config)
-    return found(draft, config)
+def model_of(config: DraftConfig, draft: VideoLM | None, target: VideoLM) -> VideoLM | None:
+    """Return the model that drafts: the draft, or the target itself."""
+    is_other = draft is None or draft.hf is not target.hf
+    return target if issubclass(kind(config, draft), SelfDrafter) and is_other else draft
+
+
+def create(config: DraftConfig, draft: VideoLM | None, context: Context) -> Drafter:
+    """Return a new drafter of the class in force, which has read the prompt."""
+    return kind(config, draft)(model_of(config, draft, context.target), config, context)
 
 
 def propose(drafter: Drafter, token: int, drafted: Shape | Tree, target: VideoLM) -> Draft:
@@ -191,7 +204,8 @@ def _problem_of(draft: Draft, vocab_size: int) -> str | None:
 class NoDrafter(Drafter):
     """Proposes nothing: plain decoding, in the same engine and counted in the same way."""
 
-    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+    @classmethod
+    def options(cls, config: DraftConfig, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
         """There is nothing to choose."""
         return []
 
@@ -200,10 +214,11 @@ class NoDrafter(Drafter):
         return Draft.empty()
 
 
-def _words_of(prompt: Prompt) -> Lookup:
-    """Return the index of a prompt's words, over whose visual tokens no match reaches."""
+def _words_of(prompt: Prompt, text: Sequence[int]) -> Lookup:
+    """Return the index of the words of a prompt and of a text, over whose visual tokens no match reaches."""
     words = Lookup(set(prompt.input_ids[prompt.visual_index].tolist()))
     words.extend(prompt.input_ids.tolist())
+    words.extend(text)
     return words
 
 
@@ -211,19 +226,17 @@ def _words_of(prompt: Prompt) -> Lookup:
 class LookupDrafter(Drafter):
     """Proposes what followed the newest tokens when prompt or text held them before: no model, no memory."""
 
-    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
-        self._most = 31 if config.tree == "dynamic" else tree.parse(config.tree).depth
+    def __init__(self, model: VideoLM | None, config: DraftConfig, context: Context) -> None:
+        self.device = context.target.device
+        self._lookup = _words_of(context.prompt, context.text)
         self._proposed: list[int] = []
         self._chains: dict[int, Draft] = {}  # by length, on the target's device
 
-    def begin(self, context: Context) -> None:
-        """Index the prompt's words."""
-        self.device = context.target.device
-        self._lookup = _words_of(context.prompt)
-
-    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+    @classmethod
+    def options(cls, config: DraftConfig, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
         """Return chains of any prepared length, none longer than the tree that was asked for is deep."""
-        return [tree.chain(length) for length in sorted({min(size - 1, self._most) for size in sizes} - {0})]
+        most = 31 if config.tree == "dynamic" else tree.parse(config.tree).depth
+        return [tree.chain(length) for length in sorted({min(size - 1, most) for size in sizes} - {0})]
 
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
         """Propose one chain, as long as the tree is deep."""
@@ -253,32 +266,35 @@ class ModelDrafter(Drafter):
     """
 
     prunes = True
-
-    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
-        if model is None:
-            raise ConfigError(f"drafter={config.drafter!r} needs a draft model: name one, or choose drafter='none'")
-        self._model = model
-        self.device = model.device
-        self._config = config
-        self._parsed = tree.parse(config.tree)
-        self._lookup: Lookup | None = None  # beside the model, where tokens of it were asked for
-        self._drafted: Shape | Tree = tree.PLAIN
-        self._num_nodes = 0
+    encodes = True
+    catches_up = True
 
     @torch.inference_mode()
-    def begin(self, context: Context) -> None:
-        """Encode, prune and prefill the prompt on the draft."""
-        model, self._context = self._model, context
+    def __init__(self, model: VideoLM | None, config: DraftConfig, context: Context) -> None:
+        if model is None:
+            raise ConfigError(f"drafter={config.drafter!r} needs a draft model: name one, or choose drafter='none'")
+        self._model, self._config, self._context = model, config, context
+        self.device = model.device
+        self._drafted: Shape | Tree = tree.PLAIN
+        self._num_nodes = 0
         self._sampling, self._chooser = context.sampling, verify.Chooser(context.sampling)
         self._shared = min(model.vocab_size, context.target.vocab_size)
         bias = context.target.rules.bias
         self._law = (self._shared, bias is None, *self._sampling.law)  # baked into a round's graphs, beside its shape
         self._session, pruned = self._start(context)
         self._session.rollback(len(pruned) - 1)
-        self._pending = pruned.input_ids[-1:].tolist()  # known tokens that the cache does not hold yet
-        self._count = 0  # tokens of the text that are known
-        own = self._session.workspace.own
-        seen = verify.seen_in(context.prompt.input_ids.to(model.device), model.vocab_size)
+        # known tokens that the cache does not hold yet
+        self._pending = [*pruned.input_ids[-1:].tolist(), *context.text]
+        self._count = len(context.text)  # tokens of the text that are known
+        self._set_up_memory(context.prompt, bias)
+        self._see(context.text)
+        # beside the model, where tokens of it were asked for
+        self._lookup = _words_of(context.prompt, context.text) if config.lookup_tokens else None
+
+    def _set_up_memory(self, prompt: Prompt, bias: Tensor | None) -> None:
+        """Set up what the graphs of the draft's session read."""
+        model, own = self._model, self._session.workspace.own
+        seen = verify.seen_in(prompt.input_ids.to(model.device), model.vocab_size)
         self._seen: Tensor = own("seen", lambda: torch.empty_like(seen)).copy_(seen)
         self._bias: Tensor | None = None  # on the logits, [shared]
         if bias is not None:
@@ -287,7 +303,6 @@ class ModelDrafter(Drafter):
         self._clock: Tensor = own("clock", lambda: torch.zeros(2, dtype=torch.int64, device=model.device))
         bins = (tree.NUM_RANKS, policy.NUM_BINS)
         self._worth: Tensor = own("worth", lambda: torch.zeros(bins, dtype=torch.float32, device=model.device))
-        self._lookup = _words_of(context.prompt) if self._config.lookup_tokens else None
 
     def _start(self, context: Context) -> tuple[Session, Prompt]:
         """Return a session of the draft that holds the pruned prompt, and that prompt."""
@@ -303,12 +318,19 @@ class ModelDrafter(Drafter):
     def _room(self) -> int:
         return self._context.sampling.max_new_tokens + 2 * tree.MAX_NODES
 
-    def options(self, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
+    @classmethod
+    def options(cls, config: DraftConfig, sizes: Sequence[int]) -> Sequence[Shape | Tree]:
         """Return dynamic trees of any prepared size within the bounds that were asked for, or the one static tree."""
-        if not isinstance(self._parsed, Shape):
-            return [self._parsed]
-        bounds = (8, 63) if self._config.tree == "dynamic" else (self._parsed.depth, self._parsed.nodes)
+        parsed = tree.parse(config.tree)
+        if not isinstance(parsed, Shape):
+            return [parsed]
+        bounds = (8, 63) if config.tree == "dynamic" else (parsed.depth, parsed.nodes)
         return policy.shapes(*bounds, sizes)
+
+    @classmethod
+    def relative_size(cls, model: VideoLM | None, target: VideoLM) -> float:
+        """Return the bytes that a pass of the draft reads over those of the target's."""
+        return 1.0 if model is None else model.step_bytes / target.step_bytes
 
     @torch.inference_mode()
     def propose(self, token: int, drafted: Shape | Tree) -> Draft:
@@ -450,8 +472,11 @@ class SelfDrafter(ModelDrafter):
     verifies is gathered, too, so that the draft's own rows live for one round only.
     """
 
-    def __init__(self, model: VideoLM | None, config: DraftConfig) -> None:
-        super().__init__(model, config)
+    encodes = False
+    catches_up = False
+
+    def __init__(self, model: VideoLM | None, config: DraftConfig, context: Context) -> None:
+        super().__init__(model, config, context)
         self._rounds = 0
         self._watched: attention.Scores | None = None
 

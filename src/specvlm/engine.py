@@ -5,34 +5,33 @@ rounds() is the loop, one item a target pass; stream() turns tokens into text; g
 
 from __future__ import annotations
 
-import copy
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specvlm import costs, effects, media, prune, sources, tree, verify
 from specvlm import draft as drafting
-from specvlm.account import Decision, Generation, Seconds, Seen, Speculation, Usage, measure_peak, reset_peak
+from specvlm import effects, media, prune, sources, tree, verify
+from specvlm.account import Decision, Generation, Seconds, Seen, measure_peak, reset_peak
 from specvlm.ambient import neutral, neutral_steps
 from specvlm.byvalue import ByValue
 from specvlm.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
-from specvlm.draft import Context, Drafter
+from specvlm.drafts import LEAST_TOKENS, Drafts
 from specvlm.errors import CapacityError, ConfigError
-from specvlm.families import Inputs, Limits, Medium, Message, Prompt, last_words, parse, texts
+from specvlm.families import Inputs, Limits, Prompt, last_words, parse, texts
 from specvlm.fit import Prompted, fitted
+from specvlm.memory import Memory
 from specvlm.model import VideoLM, check_pair, check_quant, resolve_device
-from specvlm.policy import Acceptance, Auto, Costs, Fixed, Policy
+from specvlm.request import Prefilled, Request
 from specvlm.session import Session
 from specvlm.text import Chunk, TextStream
-from specvlm.tree import PLAIN
 from specvlm.upload import upload
 
 _MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
@@ -53,33 +52,6 @@ class Round(ByValue):
         return min(len(self.accepted.nodes), len(self.token_ids))
 
 
-@dataclass(eq=False)
-class Request(ByValue):
-    """One request and the account of its run. It runs once."""
-
-    config: EngineConfig
-    messages: Sequence[Message]
-    media: Sequence[Medium]  # every video and image, in order of appearance
-    usage: Usage = field(default_factory=Usage)
-    speculation: Speculation = field(default_factory=Speculation)
-    seconds: Seconds = field(default_factory=Seconds)
-    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw
-    seen: tuple[Seen, ...] = ()  # what was read of every video and image
-    loaded: Prompted | None = None  # its media, where they are read already
-    decisions: list[Decision] = field(default_factory=list)  # one a target pass after the prefill
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """A request after the target's prefill. `session.rollback()` makes it fit for another decode()."""
-
-    inputs: Inputs
-    prompt: Prompt  # the target's, unpruned
-    session: Session
-    logits: Tensor  # [vocab], for the first token
-    scores: Tensor  # [V] float32, the target's attention to the visual tokens; zeros where the pruner reads none
-
-
 class SpecVLM:
     """A target, a draft and the settings that hold unless a call changes them.
 
@@ -96,8 +68,7 @@ class SpecVLM:
         self.target = target
         self.draft = draft
         self.config = config or EngineConfig()
-        self._costs: dict[Hashable, Costs] = {}
-        self._acceptance: dict[Hashable, Acceptance] = {}
+        self._memory = Memory()
         if draft is not None:
             check_pair(target, draft)
         target.rules.check()
@@ -224,18 +195,22 @@ class SpecVLM:
         config, target, stage = request.config, self.target, request.seconds.stage
         with stage("read", target.device):
             inputs = self.read(request)
+        begin = time.perf_counter()
         with stage("encode", target.device):
             prompt = target.encode(inputs)
         with stage("prefill", target.device):
             if is_scored is None:
-                is_scored = drafting.kind(config.draft, self.draft).prunes and prune.needs_scores(config.prune)
+                drafts = (
+                    drafting.kind(config.draft, self.draft).prunes and config.sampling.max_new_tokens >= LEAST_TOKENS
+                )
+                is_scored = drafts and prune.needs_scores(config.prune)
             first = _first_score_row(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
             layers = prune.scoring_layers(config.prune, target.num_layers)
             session, logits, scores = target.start(
                 prompt, room, score_from=first, score_layers=layers, eager=config.run.eager
             )
-        return Prefilled(inputs, prompt, session, logits, scores)
+        return Prefilled(inputs, prompt, session, logits, scores, time.perf_counter() - begin)
 
     def decode(
         self, request: Request, start: Prefilled, observe: Callable[[Tensor], None] = lambda logits: None
@@ -252,8 +227,7 @@ class SpecVLM:
         return neutral_steps(self._decode(request, start, observe))
 
     def _decode(self, request: Request, start: Prefilled, observe: Callable[[Tensor], None]) -> Iterator[Round]:
-        config, stage, device = request.config, request.seconds.stage, self.target.device
-        sampling, session = config.sampling, start.session
+        sampling, session = request.config.sampling, start.session
         request.usage.prompt_tokens, request.usage.visual_tokens = len(start.prompt), start.prompt.num_visual
         if request.speculation.target_passes:
             raise ConfigError("a Request runs once: make another with request()")
@@ -266,85 +240,54 @@ class SpecVLM:
         processors = self.target.rules.processors(ids, sampling)
         verifier = verify.Verifier(sampling, verify.seen_in(ids, self.target.vocab_size), processors)
         ending = _Ending(sampling, self.target.eos_ids)
-        drafter = drafting.create(config.draft, self.draft, self.target)
 
-        draft = verify.Draft.empty(device)
+        draft = verify.Draft.empty(self.target.device)
         observe(start.logits[None])
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
         request.speculation.add(0, 0)
         request.seconds.first_token()
-        yield latest
-
-        if latest.finish_reason is None:
-            chooser = self._begin(request, start, drafter)
-        while latest.finish_reason is None:
-            captured, begin = request.seconds["capture"], time.perf_counter()
-            with stage("decode"):
-                token = latest.token_ids[-1]
-                choice = chooser.choose(ending.left - 1)
-                draft = drafting.propose(drafter, token, choice.drafted, self.target).to(device)
-                if not session.is_ready(len(draft) + 1):
-                    with stage("capture", device):
-                        session.capture(len(draft) + 1)
-                tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
-                logits = session.verify(tokens, draft.rows, drafter.watch())
-                chooser.foresee()
-                observe(logits)
-                accepted = verifier.accept(logits, draft)
-                session.keep((0, *(node + 1 for node in accepted.nodes)))
-                observations = drafter.commit(accepted)
-            is_usual = request.seconds["capture"] == captured and bool(len(draft)) == bool(len(choice.drafted))
-            ms = 1e3 * (time.perf_counter() - begin) if is_usual else None
-            chooser.learn(choice, observations, len(accepted.token_ids), ms)
-            latest = ending.cut(draft, accepted)
-            request.speculation.add(len(draft), latest.num_accepted)
-            request.decisions.append(Decision(choice, len(draft), len(latest.token_ids)))
-            if latest.finish_reason is not None and config.draft.is_adaptive:
-                self._acceptance[self._key_of(request)] = chooser.acceptance  # where the next request begins
+        drafts = Drafts(self.target, self.draft, self._memory, request, start)
+        try:
             yield latest
+            while latest.finish_reason is None:
+                latest = self._round(request, session, drafts, verifier, ending, latest.token_ids[-1], observe)
+                yield latest
+        finally:  # the text may also end by a stop string
+            drafts.finish(sampling.max_new_tokens - ending.left, is_cut=latest.finish_reason == "length")
 
-    def _begin(self, request: Request, start: Prefilled, drafter: Drafter) -> Policy:
-        """Prune, let the drafter read the prompt, and return what chooses its trees."""
-        config, stage, prompt, session = request.config, request.seconds.stage, start.prompt, start.session
-        keep = torch.arange(prompt.num_visual, device=self.target.device)
-        if drafter.prunes:
-            with stage("prune", self.target.device):
-                keep = prune.select(start.scores, prompt.grid, prompt.visual_id, config.prune)
-            request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
-        key = self._key_of(request)
-        acceptance = copy.deepcopy(self._acceptance.get(key)) or Acceptance()
-        with stage("draft_prefill", self.target.device, drafter.device):
-            drafter.begin(
-                Context(
-                    target=self.target,
-                    session=session,
-                    inputs=start.inputs,
-                    prompt=prompt,
-                    keep=keep,
-                    scores=start.scores,
-                    sampling=config.sampling,
-                    prune=config.prune,
-                    acceptance=acceptance,
-                    eager=config.run.eager,
-                    seconds=request.seconds,
-                )
-            )
-        options = drafter.options(costs.sizes(session))
-        if not options:
-            return Fixed(PLAIN, acceptance=acceptance)
-        if not config.draft.is_adaptive:
-            return Fixed(tree.parse(config.draft.tree), acceptance=acceptance)
-        length = (*key, session.length.bit_length())
-        if length not in self._costs:
-            with stage("calibrate", self.target.device, drafter.device):
-                self._costs[length] = costs.measure(session, drafter, options)
-        return Auto(self._costs[length], options, acceptance)
-
-    @staticmethod
-    def _key_of(request: Request) -> tuple[Hashable, ...]:
-        """Return what times and acceptance of a loaded pair depend on, the length of the prompt left out."""
-        config = request.config
-        return config.draft, config.prune, config.run, config.sampling.law
+    def _round(
+        self,
+        request: Request,
+        session: Session,
+        drafts: Drafts,
+        verifier: verify.Verifier,
+        ending: _Ending,
+        token: int,
+        observe: Callable[[Tensor], None],
+    ) -> Round:
+        """Propose behind the newest token, verify, accept, commit."""
+        stage, device = request.seconds.stage, self.target.device
+        once, begin = _once(request.seconds), time.perf_counter()
+        with stage("decode"):
+            choice = drafts.choose(token, ending.left - 1)
+            draft = drafts.propose(choice)
+            if not session.is_ready(len(draft) + 1):
+                with stage("capture", device):
+                    session.capture(len(draft) + 1)
+            tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
+            logits = session.verify(tokens, draft.rows, drafts.watch())
+            drafts.foresee()
+            observe(logits)
+            accepted = verifier.accept(logits, draft)
+            session.keep((0, *(node + 1 for node in accepted.nodes)))
+            observations = drafts.commit(accepted)
+        is_usual = _once(request.seconds) == once and bool(len(draft)) == bool(len(choice.drafted))
+        ms = 1e3 * (time.perf_counter() - begin) if is_usual else None
+        drafts.learn(choice, observations, len(accepted.token_ids), ms)
+        latest = ending.cut(draft, accepted)
+        request.speculation.add(len(draft), latest.num_accepted)
+        request.decisions.append(Decision(choice, len(draft), len(latest.token_ids)))
+        return latest
 
     def stream(self, source: Any, prompt: str | None = None, **settings: Any) -> Iterator[Chunk]:
         """Yield the text as it is verified; the last chunk carries finish_reason.
@@ -520,6 +463,11 @@ def _checked(config: EngineConfig) -> EngineConfig:
         problem = "positions='repacked' is not allowed for self-drafting, which takes the target's own keys"
         raise ConfigError(f"{problem}: leave it out, or draft with a model")
     return config
+
+
+def _once(seconds: Seconds) -> float:
+    """Return the seconds so far of what no usual round holds: starting to draft, and making graphs."""
+    return seconds["capture"] + seconds["draft_prefill"]
 
 
 def _looks_up(config: EngineConfig) -> bool:

@@ -15,8 +15,9 @@ import torch
 from specvlm import reference
 from specvlm.compare import Difference, check_draft, first_difference
 from specvlm.config import SamplingConfig
-from specvlm.engine import Request, SpecVLM
+from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
+from specvlm.request import Request
 from specvlm.ties import Tie, logit_gap, ties
 
 GENERATE = "generate()"

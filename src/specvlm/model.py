@@ -217,6 +217,18 @@ class VideoLM:
         copied.set_attn_implementation({"text_config": "sdpa"})
         return copied
 
+    @property
+    def step_bytes(self) -> int:
+        """The bytes of weights that one step reads: the language layers, the last norm and the output head.
+
+        The embedding table counts only where it is the head too, and the vision tower not at all.
+        """
+        if self.decoder is not None:
+            return int(self.decoder.nbytes + self.head.nbytes)
+        table: Tensor = self.hf.get_input_embeddings().weight
+        language = [weight for weight in self.hf.model.language_model.parameters() if weight is not table]
+        return int(sum(weight.nbytes for weight in language) + self.head.nbytes)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [1, N, D] of text tokens [N]."""
         embeds: Tensor = self.hf.get_input_embeddings()(tokens[None])

@@ -10,8 +10,8 @@ Trees are grown by path probability as in EAGLE-2 (arXiv 2406.16858); the static
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeGuard
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from specvlm.config import shown
 from specvlm.errors import ConfigError
+from specvlm.pace import Pace, Rounds
 from specvlm.tree import MAX_NODES, NUM_RANKS, PLAIN, Shape, Tree
 
 Array = NDArray[np.float64]
@@ -39,10 +40,19 @@ _CHANGED = np.array([0.15, 0.8])  # share of rounds whose root's candidates hit 
 _USUAL_SHARE = 0.05
 _TOO_UNLIKELY = math.log(100)
 _KEPT_AT_CHANGE = 0.02  # of older evidence
-_PROBE_SHARE = 0.015  # of the time of plain decoding that probes may take
-_TIME_SHARE = 0.1  # of the latest round in what rounds are thought to take
-_LEAST_LONGER, _MOST_LONGER = 0.3, 3.0  # one round says no more than this
+_PROBE_SHARE = 0.015  # of the time of plain decoding that drafting may lose
+_FIRST_CREDIT = 2.0  # plain steps that drafting may lose beside that share
+_MOST_CREDIT, _MOST_GAINED = 3.0, 12.0  # plain steps: of that share, and of what drafting gained, that are kept
+_MOST_DEBT = 2.0  # plain steps lost after which it rests, whatever it promises
+_HOPED_SHARE = 0.4  # of a plain step that a draft of which nothing is known is hoped to save a token
+_MOST_LATE = 3.0  # times what was expected: one round costs the credit no more
+_PLAIN_SHARE = 0.005  # of the time of drafting rounds that looking at a plain step may take
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
+_UNSURE_ROOM = 1.5  # times what could pay: what is left open where drafting was never timed
+_LEAST_LOST = 0.1  # of a plain step: what looking at one costs, at least
+_MOST_WAIT = 16  # tokens of an answer of unknown length that come plainly, where starting a draft takes time
+_WAIT_SHARE = 0.025  # of a whole answer's time that they may cost
+_HARMLESS_SHARE = 0.02  # of the time so far: starting a draft for this much hurts no answer, however short
 
 
 def shapes(max_depth: int, max_nodes: int, sizes: Sequence[int]) -> list[Shape]:
@@ -67,37 +77,6 @@ def shapes(max_depth: int, max_nodes: int, sizes: Sequence[int]) -> list[Shape]:
                     found.append(shape)
                 narrower = width
     return found
-
-
-def _interpolate(points: Mapping[int, float], at: int) -> float:
-    rows = sorted(points)
-    if at <= rows[-1] or len(rows) == 1:
-        return float(np.interp(at, rows, [points[row] for row in rows]))
-    slope = (points[rows[-1]] - points[rows[-2]]) / (rows[-1] - rows[-2])
-    return points[rows[-1]] + max(slope, 0.0) * (at - rows[-1])  # noise must not make a larger pass cheaper
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds, measured once per loaded pair and length of context."""
-
-    verify: Mapping[int, float]  # of a target pass, by its rows (nodes + 1); holds 1
-    first: float  # of a draft round's first pass and all that a round costs besides passes
-    level: Mapping[int, float]  # of every further draft pass, by its rows
-
-    def verify_ms(self, rows: int) -> float:
-        """Return the time of a target pass: linear between the measured rows, the last slope beyond them."""
-        return _interpolate(self.verify, rows)
-
-    def level_ms(self, rows: int) -> float:
-        """Return the time of a draft pass after the first, read from `level` in the same way."""
-        return _interpolate(self.level, rows)
-
-    def round_ms(self, drafted: Shape | Tree) -> float:
-        """Return the time of a round that drafts this; without nodes it is a plain step."""
-        if not len(drafted):
-            return self.verify_ms(1)
-        return self.first + sum(map(self.level_ms, drafted.passes[1:])) + self.verify_ms(len(drafted) + 1)
 
 
 @dataclass(frozen=True)
@@ -268,7 +247,7 @@ class Choice:
     plain_ms: float  # what a plain step takes; nan: not measured
     is_probe: bool = False  # drafted only to learn whether it would pay
     best_ms: float | None = None  # beside a plain choice: what a token of the best tree would take; None: no tree fits
-    probe_in: int | None = None  # beside a plain choice: plain tokens until the next probe
+    probe_in: int | None = None  # beside a plain choice: plain tokens until the next probe; None: a tree would pay
 
     def explain(self) -> str:
         """Return the choice and its reason on one line, in plain words."""
@@ -284,8 +263,10 @@ class Choice:
     def _explain_plain(self) -> str:
         if self.best_ms is None:
             return "plain: no tree fits or could pay"
-        words = f"plain: the best tree would take {self.best_ms:.1f} ms a token (plain {self.plain_ms:.1f})"
-        return f"{words}; next probe in {self.probe_in} token{'' if self.probe_in == 1 else 's'}"
+        words = f"the best tree would take {self.best_ms:.1f} ms a token (plain {self.plain_ms:.1f})"
+        if self.probe_in is None:
+            return f"plain for now: {words}"
+        return f"plain: {words}; next probe in {self.probe_in} token{'' if self.probe_in == 1 else 's'}"
 
 
 class Policy(Protocol):
@@ -316,23 +297,20 @@ class Fixed:
 
     Args:
         drafted: what every round drafts.
-        costs: read for the account alone; None leaves the times open.
         acceptance: what is known so far.
     """
 
-    def __init__(self, drafted: Shape | Tree, costs: Costs | None = None, acceptance: Acceptance | None = None) -> None:
+    def __init__(self, drafted: Shape | Tree, acceptance: Acceptance | None = None) -> None:
         self.acceptance = Acceptance() if acceptance is None else acceptance
         self._drafted = drafted
         self._expectation = _Expectation([drafted] if len(drafted) else [])
-        self._ms = math.nan if costs is None else costs.round_ms(drafted)
-        self._plain_ms = math.nan if costs is None else costs.round_ms(PLAIN)
 
     def choose(self, left: int) -> Choice:
         """Return what every round drafts, or a plain step where nothing may be accepted."""
         if left <= 0 or not len(self._drafted):
-            return Choice(PLAIN, 1.0, self._plain_ms, self._plain_ms)
+            return Choice(PLAIN, 1.0, math.nan, math.nan)
         tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
-        return Choice(self._drafted, float(tokens[0]), self._ms, self._plain_ms)
+        return Choice(self._drafted, float(tokens[0]), math.nan, math.nan)
 
     def foresee(self) -> None:
         """Do nothing: there is nothing to choose."""
@@ -344,49 +322,150 @@ class Fixed:
         self.acceptance.learn(observations)
 
 
+class Credit:
+    """What drafting may still lose against plain decoding, in plain steps: it bounds the loss, whatever went wrong.
+
+    A small share of all steps is added, what drafting gains is added and what it loses is taken off.
+    """
+
+    def __init__(self) -> None:
+        self.steps = _FIRST_CREDIT
+        self.is_resting = False  # too much was lost: no drafting but probes until something is there again
+        self._most = _MOST_CREDIT
+
+    def save_for(self, cost: float) -> None:
+        """Let as much be saved as a probe costs."""
+        self._most = max(cost, _MOST_CREDIT)
+
+    def add(self, steps: float, gained: float) -> None:
+        """Take in a round that took the time of so many plain steps and gained so many, or lost them."""
+        saved = max(self.steps, min(self.steps + _PROBE_SHARE * steps, self._most))
+        self.steps = max(min(saved + gained, _MOST_GAINED), min(saved, saved + gained))
+        self.is_resting = self.steps < -_MOST_DEBT or (self.is_resting and self.steps < 0)
+
+    def pay(self, steps: float) -> None:
+        """Take off what a probe had to pay beforehand."""
+        self.steps -= steps
+        self._most = _MOST_CREDIT
+
+
+@dataclass(frozen=True)
+class Start:
+    """What it takes to begin to draft, and how much of the answer it has to be earned back by."""
+
+    ms: float  # reading the prompt on the draft
+    spent_ms: float  # of the request before its first token
+    remaining: Callable[[int, int], float]  # (tokens so far, the most that may follow) -> tokens expected to follow
+    are_longer: Callable[[float], bool]  # whether answers to such prompts were longer than so many tokens
+    catches_up: bool = True  # whether the draft has to run what was decoded without it
+
+
+NO_START = Start(0.0, 0.0, lambda done, left: left, lambda tokens: True, catches_up=False)
+
+
 class Auto:
     """The candidate of the most expected tokens a millisecond, or a plain step where none beats it.
 
-    While plain steps win, a probe comes now and then: the best of the shallowest candidates, so seldom that it costs
-    1.5 % of the time; and again at once as long as probes hit.
+    While plain steps win, a probe comes now and then: the best of the shallowest candidates, so seldom that all which
+    drafting loses stays within 1.5 % of the time; and again at once as long as probes hit and the credit lasts. What
+    it takes to begin to draft is part of the first round's cost: see `Start`.
 
     Args:
-        costs: of this pair, at this length of context.
-        candidates: what may be drafted; those that could not pay even if every token were accepted are left out.
+        pace: what rounds take.
+        candidates: what may be drafted; what could not pay even if every token were accepted is never chosen.
         acceptance: what is known so far.
+        credit: what drafting may lose.
+        start: what beginning takes.
     """
 
-    def __init__(self, costs: Costs, candidates: Sequence[Shape | Tree], acceptance: Acceptance | None = None) -> None:
+    def __init__(
+        self,
+        pace: Pace,
+        candidates: Sequence[Shape | Tree],
+        acceptance: Acceptance | None = None,
+        credit: Credit | None = None,
+        start: Start = NO_START,
+    ) -> None:
         self.acceptance = Acceptance() if acceptance is None else acceptance
-        self._costs = costs
-        self._plain_ms = costs.round_ms(PLAIN)
-        able = [c for c in candidates if len(c) and costs.round_ms(c) < (c.depth + 1) * self._plain_ms]
-        self._candidates = able
-        self._depths = np.array([drafted.depth for drafted in able], dtype=np.int64)
-        self._ms = np.array([costs.round_ms(drafted) for drafted in able])
-        self._expectation = _Expectation(able)
-        self._is_shallowest = self._depths == self._depths.min(initial=MAX_NODES)
+        self.credit = Credit() if credit is None else credit
+        self.pace = pace
+        self._start, self._start_ms = start, start.ms
+        self._candidates = [candidate for candidate in candidates if len(candidate)]
+        self._depths = np.array([drafted.depth for drafted in self._candidates], dtype=np.int64)
+        self._rounds = Rounds(self._candidates)
+        self._expectation = _Expectation(self._candidates)
         self._version = -2  # of the acceptance that _tokens were computed from
-        self._tokens = np.ones(len(able))
-        self._longer = {True: 1.0, False: 1.0}  # time of late over what the costs say, of plain and of drafting rounds
-        self._num_plain = 0  # plain tokens since something was drafted
+        self._tokens = np.ones(len(self._candidates))
+        self._spent_ms = start.spent_ms
+        self._num_tokens = 1  # of the text; the prefill gave one
+        self._missed = 1  # tokens of the text that a draft has not seen
+        self._num_plain = math.inf  # plain tokens since something was drafted: at first nothing was missed, so try then
+        self._since_plain = 0.0  # milliseconds of drafting rounds since a plain step
         self._is_warm = False  # the last round was a probe that hit
+
+    def started(self, choice: Choice) -> None:
+        """Note that drafting has begun with this choice, so that nothing more has to be paid for it."""
+        if choice.is_probe and self._is_tried:
+            self.credit.pay(self._start_ms / self.pace.plain_ms)
+        self._start_ms = 0.0
 
     def choose(self, left: int) -> Choice:
         """Return what the next round drafts; what lies deeper than `left` is worthless and no candidate."""
-        fits = self._depths <= left
+        plain_ms = self.pace.plain_ms
+        if not (self.pace.is_known and len(self._candidates)):
+            return Choice(PLAIN, 1.0, plain_ms, plain_ms)
+        ms = self.pace.rounds_ms(self._rounds, self._late)
+        room = _UNSURE_ROOM if self.pace.is_guess and not self.pace.has_drafted else 1.0
+        fits = (self._depths <= left) & (ms < (self._depths + 1) * plain_ms * room)
         if not fits.any():
-            return Choice(PLAIN, 1.0, self._plain_now, self._plain_now)
-        rates = self._expected() / (self._ms * self._longer[False])
-        best = int(np.where(fits, rates, 0.0).argmax())
-        if rates[best] * self._plain_now > 1:
-            return self._choice(best)
-        probe = int(np.where(self._is_shallowest, rates, 0.0).argmax())
-        wait = self._interval(probe) - self._num_plain
-        is_unknown = self.acceptance.version == 0  # a draft of which nothing is known is probed at once
-        if self._is_warm or is_unknown or wait <= 0:
-            return self._choice(probe, is_probe=True)
-        return Choice(PLAIN, 1.0, self._plain_now, self._plain_now, best_ms=1 / float(rates[best]), probe_in=wait)
+            return Choice(PLAIN, 1.0, plain_ms, plain_ms)
+        rates = np.where(fits, self._expected() / ms, 0.0)
+        best = int(rates.argmax())
+        plain = Choice(PLAIN, 1.0, plain_ms, plain_ms, best_ms=1 / float(rates[best]))
+        pays = float(rates[best]) * plain_ms > 1
+        shallowest = fits & (self._depths == self._depths[fits].min())
+        probe = int(np.where(shallowest, rates, 0.0).argmax())
+        if (pays or not self._is_tried) and not self.credit.is_resting:
+            if not self._is_worth_starting(float(rates[best]), left) or self._looks_at_plain(float(rates[best])):
+                return plain
+            return self._choice(best, ms) if pays else self._choice(probe, ms, is_probe=True)
+        wait = self._wait(float(ms[probe]))
+        return self._choice(probe, ms, is_probe=True) if wait <= 0 else replace(plain, probe_in=wait)
+
+    def _choice(self, place: int, ms: Array, is_probe: bool = False) -> Choice:
+        tokens = float(self._expected()[place])
+        return Choice(self._candidates[place], tokens, float(ms[place]), self.pace.plain_ms, is_probe)
+
+    def _is_worth_starting(self, rate: float, left: int) -> bool:
+        """Whether what is still expected of the text earns back what it takes to begin to draft.
+
+        Of a text whose length is unknown the first tokens come plainly: then a short one has lost nothing, and a long
+        one little.
+        """
+        if self._start_ms == 0:
+            return True
+        hoped = 0.0 if self._is_tried else _HOPED_SHARE * self.pace.plain_ms
+        saved = max(self.pace.plain_ms - 1 / rate, hoped)  # milliseconds a token
+        done, start_ms = self._num_tokens, self._start_ms
+        if self._start.remaining(done, left + 1) * saved < start_ms:
+            return False
+        if start_ms <= _HARMLESS_SHARE * self._spent_ms or self._start.are_longer(done + start_ms / saved):
+            return True
+        return done >= min(_MOST_WAIT, _WAIT_SHARE * (self._spent_ms + left / rate) / saved)
+
+    def _looks_at_plain(self, rate: float) -> bool:
+        """Whether a plain step is due, so that drafting is never compared with what a plain step once took."""
+        lost = max(self.pace.plain_ms - 1 / rate, _LEAST_LOST * self.pace.plain_ms)
+        return not self.pace.is_plain_sure or self._since_plain * _PLAIN_SHARE > lost
+
+    def _wait(self, probe_ms: float) -> int:
+        """Return the plain tokens before a probe, so that it can be paid by the share of the time that it may take."""
+        plain_ms = self.pace.plain_ms
+        cost = max(probe_ms - plain_ms + self._start_ms, 0.0) / plain_ms
+        self.credit.save_for(cost)
+        for_credit = (cost - self.credit.steps) / _PROBE_SHARE
+        for_turn = 0 if self._is_warm else max(_SHORTEST_INTERVAL, cost / _PROBE_SHARE) - self._num_plain
+        return math.ceil(max(for_credit, for_turn))
 
     def foresee(self) -> None:
         """Work out what all candidates are worth, by the evidence so far."""
@@ -397,34 +476,38 @@ class Auto:
     def learn(
         self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
     ) -> None:
-        """Take in a round: see `Policy`. Rounds that take longer than the costs say are expected to go on doing so."""
+        """Take in a round: see `Policy`."""
+        drafted = choice.drafted
+        expected_ms = self.pace.round_ms(drafted, self._late)
         self.acceptance.learn(observations)
-        is_plain = not len(choice.drafted)
         if ms is not None:
-            longer = min(max(ms / self._costs.round_ms(choice.drafted), _LEAST_LONGER), _MOST_LONGER)
-            self._longer[is_plain] += (longer - self._longer[is_plain]) * _TIME_SHARE
-        is_idle = is_plain or not observations  # a drafter may have had nothing to propose
+            self.pace.learn(drafted, ms, self._late)
+        took_ms = expected_ms if ms is None or not self.pace.is_known else min(ms, _MOST_LATE * expected_ms)
+        is_idle = not len(drafted) or (ms is None and not observations)  # there may have been nothing to propose
+        steps = 1.0 if is_idle else took_ms / self.pace.plain_ms
+        self.credit.add(steps, num_tokens - steps if not is_idle else 0.0)
+        self._spent_ms += took_ms
+        self._num_tokens += num_tokens
         self._num_plain = self._num_plain + num_tokens if is_idle else 0
+        self._missed = self._missed + num_tokens if not len(drafted) else 0
+        self._since_plain = 0.0 if is_idle else self._since_plain + took_ms
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
+
+    @property
+    def _is_tried(self) -> bool:
+        """Whether anything is known of the draft; else it is tried at once."""
+        return self.acceptance.version > 0
+
+    @property
+    def _late(self) -> int:
+        """Tokens that the draft has to run before the next round's own."""
+        return max(self._missed - 1, 0) if self._start.catches_up else 0
 
     def _expected(self) -> Array:
         """Return the expected tokens of all candidates. The evidence of the latest round may be missing."""
         if self._version < self.acceptance.version - 1:
             self.foresee()
         return self._tokens
-
-    def _interval(self, probe: int) -> int:
-        """Return the plain tokens before a probe that keep it within its share of the time."""
-        extra = float(self._ms[probe]) - self._plain_ms
-        return max(_SHORTEST_INTERVAL, math.ceil(extra / (_PROBE_SHARE * self._plain_ms)))
-
-    def _choice(self, place: int, is_probe: bool = False) -> Choice:
-        tokens, ms = float(self._expected()[place]), float(self._ms[place]) * self._longer[False]
-        return Choice(self._candidates[place], tokens, ms, self._plain_now, is_probe)
-
-    @property
-    def _plain_now(self) -> float:
-        return self._plain_ms * self._longer[True]
 
 
 def check(name: str) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from specvlm import reference
 from specvlm.compare import Difference, check_draft, first_difference
-from specvlm.engine import Request, Round, SpecVLM
+from specvlm.engine import Round, SpecVLM
+from specvlm.request import Request
 
 _CANDIDATES = 8  # largest logits kept of every position
 WAYS: Mapping[str, Mapping[str, Any]] = {"plain": {"drafter": "none"}, "speculative": {}}

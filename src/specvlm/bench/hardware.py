@@ -74,18 +74,6 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def step_bytes(model: VideoLM) -> int:
-    """Return the bytes of weights that one step reads: the language layers, the last norm and the output head.
-
-    The embedding table counts only where it is the head too, and the vision tower not at all.
-    """
-    if model.decoder is not None:
-        return int(model.decoder.nbytes + model.head.nbytes)
-    table: Tensor = model.hf.get_input_embeddings().weight
-    language = [weight for weight in model.hf.model.language_model.parameters() if weight is not table]
-    return int(sum(weight.nbytes for weight in language) + model.head.nbytes)
-
-
 def kv_bytes(model: VideoLM, length: int) -> int:
     """Return the bytes of the keys and values of `length` rows."""
     return 2 * math.prod(model.kv_shape) * length * model.dtype.itemsize
@@ -93,12 +81,12 @@ def kv_bytes(model: VideoLM, length: int) -> int:
 
 def floor_ms(model: VideoLM, length: int, read_gb_s: float) -> float:
     """Return the least milliseconds of a step whose rows see `length` rows: what it must read over the read rate."""
-    return (step_bytes(model) + kv_bytes(model, length)) / read_gb_s / 1e6
+    return (model.step_bytes + kv_bytes(model, length)) / read_gb_s / 1e6
 
 
 def weight_bytes(*models: VideoLM) -> int:
     """Return the bytes of all weights of the models, vision towers and embedding tables included, each once."""
     weights = {weight.data_ptr(): weight.nbytes for model in models for weight in model.hf.parameters()}
     weights |= {model.head.data_ptr(): model.head.nbytes for model in models if isinstance(model.head, Tensor)}
-    quantised = {id(model): step_bytes(model) for model in models if model.quant}
+    quantised = {id(model): model.step_bytes for model in models if model.quant}
     return int(sum(weights.values()) + sum(quantised.values()))

@@ -8,8 +8,9 @@ from typing import Any
 
 from specvlm.account import Decision, measure_peak, reset_peak
 from specvlm.bench.clips import PROMPT
-from specvlm.engine import Prefilled, SpecVLM
+from specvlm.engine import SpecVLM
 from specvlm.graphs import wait
+from specvlm.request import Prefilled
 
 
 @dataclass(frozen=True)

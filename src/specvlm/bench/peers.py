@@ -10,8 +10,9 @@ import torch
 from specvlm import reference
 from specvlm.account import measure_peak, reset_peak
 from specvlm.bench.passes import Pass
-from specvlm.engine import Prefilled, SpecVLM
+from specvlm.engine import SpecVLM
 from specvlm.model import VideoLM
+from specvlm.request import Prefilled
 
 ASSISTED = "transformers-assisted"
 PEERS: dict[str, dict[str, Any]] = {

@@ -46,10 +46,11 @@ from specvlm.bench.methods import GENERATE
 from specvlm.bench.provenance import command_line, provenance
 from specvlm.compare import Difference, first_difference, ms_a_token
 from specvlm.config import SamplingConfig, VideoConfig
-from specvlm.engine import Prefilled, Request, SpecVLM, bundled
+from specvlm.engine import SpecVLM, bundled
 from specvlm.errors import ConfigError, SpecVLMError, memory_errors, one_line
 from specvlm.graphs import wait
 from specvlm.inspect import inspect
+from specvlm.request import Prefilled, Request
 from specvlm.ties import logit_gap
 
 

@@ -61,10 +61,11 @@ from specvlm.bench.passes import Pass
 from specvlm.bench.steps import Step
 from specvlm.bench.subjects import Layers, Subject
 from specvlm.config import EngineConfig
-from specvlm.engine import Prefilled, SpecVLM
+from specvlm.engine import SpecVLM
 from specvlm.errors import ConfigError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import FORMATS
+from specvlm.request import Prefilled
 from specvlm.session import Session
 from specvlm.tree import MAX_NODES
 

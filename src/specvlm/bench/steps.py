@@ -12,7 +12,8 @@ import torch
 from specvlm import prune, tree
 from specvlm.bench.hardware import floor_ms, timed
 from specvlm.config import EngineConfig
-from specvlm.engine import Prefilled, SpecVLM
+from specvlm.engine import SpecVLM
+from specvlm.request import Prefilled
 
 if TYPE_CHECKING:
     from specvlm.session import Session
