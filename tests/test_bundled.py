@@ -16,7 +16,7 @@ from specvlm.bench import data, quality
 from specvlm.bench.journal import Journal
 from specvlm.bench.methods import METHODS
 from specvlm.engine import bundled
-from specvlm.tree import Rows
+from specvlm.rows import Rows
 
 SWEEP = [
     {"drafter": "model", "policy": "fixed", "tree": tree, "keep_ratio": keep_ratio, "pruner": pruner}

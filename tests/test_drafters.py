@@ -19,6 +19,7 @@ from specvlm.kernels import quant
 from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
 from specvlm.policy import PLAIN, Choice
+from specvlm.rows import Rows, ancestors, ancestors_on_device
 from specvlm.session import FusedSession
 from specvlm.tree import Shape
 from specvlm.verify import Draft
@@ -75,15 +76,15 @@ def test_lookup_is_a_branch_of_its_own():
     both = merged(draft, [8, 9], torch.device("cpu"))
     assert both.tokens.tolist() == [5, 6, 7, 8, 9]
     assert both.parents.tolist() == [-1, -1, 0, -1, 3]
-    expected = tree.Rows.of((-1, 0, 0, 1, 0, 4), 6, torch.device("cpu"))
+    expected = Rows.of((-1, 0, 0, 1, 0, 4), 6, torch.device("cpu"))
     assert torch.equal(both.rows.sees, expected.sees)
     assert both.rows.depths.tolist() == expected.depths.tolist()
 
 
 @pytest.mark.parametrize("parents", [(-1, -1, 0, 0, 2, 4, 4), (-1, 0, 1, 2), (-1, -1, -1), (-1,)])
 def test_what_rows_see_is_the_same_on_the_device(parents):
-    ours = tree.ancestors_on_device(torch.tensor(parents), 4)
-    assert torch.equal(ours, tree.ancestors(parents))
+    ours = ancestors_on_device(torch.tensor(parents), 4)
+    assert torch.equal(ours, ancestors(parents))
 
 
 def test_shapes_run_what_they_say():

@@ -18,6 +18,7 @@ from specvlm.draft import DRAFTERS, Context, create
 from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
 from specvlm.model import VideoLM
+from specvlm.rows import ancestors
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -317,7 +318,7 @@ def test_a_tree_pass_gives_what_its_paths_give_alone(pair):
     start.session.keep([0, 1, 5])
     start.session.rollback()
     logits = start.session.step(tokens, parents)
-    sees = tree.ancestors(parents)
+    sees = ancestors(parents)
     fresh = pair.prefill(pair.request(tiny.video(6), PROMPT, drafter="none")).session
     for row in range(26):
         path = tokens[sees[row]]
@@ -338,7 +339,7 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair, pen
     known, topology = [11], tree.parse("paper")
     for path in ((1, 7, 19), (0, 4, 12, 20), ()):  # a path with a leaf that never ran, one without, none at all
         draft = drafter.propose(known[-1], topology)
-        tokens, sees = draft.tokens, tree.ancestors(topology.parents)
+        tokens, sees = draft.tokens, ancestors(topology.parents)
         assert tuple(draft.parents.tolist()) == topology.parents
         for node, parent in enumerate(topology.parents):
             words = known + tokens[sees[parent]].tolist() if parent >= 0 else known
@@ -393,7 +394,7 @@ def test_a_dynamic_tree_holds_the_likeliest_paths(spec):
         found |= level
         running = sorted(level.items(), key=lambda item: -item[1])
     wanted = sorted(found.values(), reverse=True)[: shape.nodes]
-    sees, tokens = tree.ancestors(draft.parents.tolist()), draft.tokens
+    sees, tokens = ancestors(draft.parents.tolist()), draft.tokens
     paths = [tuple(tokens[row].tolist()) for row in sees]
     assert len(set(paths)) == shape.nodes
     torch.testing.assert_close(

@@ -11,7 +11,7 @@ from conftest import load
 from specvlm import ConfigError, SpecVLM
 from specvlm.draft import DRAFTERS, Drafter, drafter
 from specvlm.prune import PRUNERS, pruner
-from specvlm.tree import Rows
+from specvlm.rows import Rows
 from specvlm.verify import Draft
 
 PARENTS = [-1, -1, 0, 1]

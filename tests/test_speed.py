@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from specvlm import ConfigError, SpecVLM, cli
 from specvlm.account import Decision
 from specvlm.bench import (
+    answers,
     choices,
     clips,
     hardware,
@@ -34,13 +35,15 @@ from specvlm.bench import (
 )
 from specvlm.bench import vllm_plain as vllm
 from specvlm.bench.choices import Change, Chosen
-from specvlm.bench.subjects import CheckpointSource, Layers, PlantedSource
+from specvlm.bench.subjects import CheckpointSource, PlantedSource
+from specvlm.bench.sweep import ENGINE_METHODS, Cell, Layers, Sweep
 from specvlm.config import EngineConfig
 from specvlm.engine import bundled
 from specvlm.errors import CapacityError
 from specvlm.growth import round_passes
 from specvlm.kernels.quant import QuantWeight, dequantize
 from specvlm.model import VideoLM
+from specvlm.names import PLANTED_DRAFTS
 from specvlm.pace import Costs
 from specvlm.policy import Auto, Choice
 from specvlm.tree import PLAIN, Shape, parse
@@ -366,7 +369,7 @@ def test_spread_interpolates():
 
 
 def test_cells_cross_ratios_trees_and_drafts():
-    cells = speed.Sweep(
+    cells = Sweep(
         keep_ratios=(0.1, 0.2),
         trees=("paper", "chain:2"),
         methods=("plain", "chain", "tree", "auto", "self", "lookup"),
@@ -379,34 +382,34 @@ def test_cells_cross_ratios_trees_and_drafts():
         ("chain", 0.1, "chain:2", ["chain:2 0.1 published"]),
         ("chain", 0.1, "chain:2", ["chain:2 0.1 int4 published"]),
     ]
-    count = {method: sum(cell.method == method for cell in cells) for method in speed.ENGINE_METHODS}
+    count = {method: sum(cell.method == method for cell in cells) for method in ENGINE_METHODS}
     assert count == {"plain": 1, "chain": 4, "tree": 4, "auto": 8, "self": 4, "lookup": 1}
     assert {cell.planted_draft for cell in cells if cell.method == "self"} == {"self"}
     drafters = {cell.method: cell.names["drafter"] for cell in cells}
     assert drafters == {"plain": None, "chain": "model", "tree": "model", "auto": "model", "self": "self",
                         "lookup": "lookup"}  # fmt: skip
-    real = speed.Sweep(methods=("tree", "auto", "self"), planted_drafts=()).cells()
+    real = Sweep(methods=("tree", "auto", "self"), planted_drafts=()).cells()
     assert {cell.planted_draft for cell in real} == {None}
 
 
 def test_drafts_are_grouped_by_their_layers_and_the_smaller_model_as_it_is_comes_first():
     methods = ("self", "auto", "plain", "transformers-eager", "transformers-assisted")
-    groups = speed.Sweep(methods=methods, draft_quants=("fp8", "none")).groups()
+    groups = Sweep(methods=methods, draft_quants=("fp8", "none")).groups()
     assert [(layers, [cell.method for cell in cells]) for layers, cells in groups] == [
         (Layers("model"), ["auto", "plain", "transformers-eager", "transformers-assisted"]),
         (Layers("self", "fp8"), ["self"]),
         (Layers("self"), ["self"]),
         (Layers("model", "fp8"), ["auto"]),
     ]
-    groups = speed.Sweep(methods=("plain", "self"), draft_quants=("fp8", "int4")).groups()
+    groups = Sweep(methods=("plain", "self"), draft_quants=("fp8", "int4")).groups()
     assert [(layers, len(cells)) for layers, cells in groups] == [
         (Layers("self", "fp8"), 2),
         (Layers("self", "int4"), 1),
     ]
-    [(layers, _)] = speed.Sweep(methods=("plain", "transformers-assisted")).groups()
+    [(layers, _)] = Sweep(methods=("plain", "transformers-assisted")).groups()
     assert layers == Layers("model")  # generate() drafts with it, too
-    assert speed.Sweep(methods=("plain",)).groups() == [(None, [speed.Cell("plain")])]
-    assert speed.Sweep(methods=("vllm-plain",)).groups() == []
+    assert Sweep(methods=("plain",)).groups() == [(None, [Cell("plain")])]
+    assert Sweep(methods=("vllm-plain",)).groups() == []
 
 
 # What a policy chose
@@ -456,7 +459,8 @@ NUMBERS = {"visual_tokens", "end_to_end_s", "peak_gib", "weights_gib", "kv_gib",
 KEYS = NUMBERS | {
     "pair", "method", "keep_ratio", "tree", "ms_per_token", "steps", "mean_accepted_length", "ttft_s", "follows_plant",
     "is_plain", "kept_visual_tokens", "round_ms", "prefill_s", "error", "provenance", "drafter", "draft_quant",
-    "planted_draft", "passes", "over_plain", "plain_share", "shapes", "changes", "once_s",
+    "planted_draft", "passes", "over_plain", "plain_share", "shapes", "changes", "once_s", "shown",
+    "answer_s", "first_answer_s", "answer_over_plain",
 }  # fmt: skip
 
 
@@ -561,7 +565,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
 
 def small(**fields):
     usual = {"visual_tokens": (64,), "num_tokens": 8, "repeats": 1, "slow_repeats": 1}
-    return speed.Sweep(**usual | fields)
+    return Sweep(**usual | fields)
 
 
 def test_no_draft_outlives_its_group(monkeypatch):
@@ -618,7 +622,7 @@ def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
 
     monkeypatch.setattr(Auto, "learn", as_they_should)
     monkeypatch.setattr(planted, "BLOCK", 48)
-    sweep = small(methods=("auto", "self"), planted_drafts=planted.DRAFTS, num_tokens=150)
+    sweep = small(methods=("auto", "self"), planted_drafts=PLANTED_DRAFTS, num_tokens=150)
     published, hopeless, changing, itself = speed.measure(subject(PAIRS[0]), sweep, 10.0, print)
     assert published.plain_share < 0.2 < 0.6 < hopeless.plain_share
     assert all(shape.depth >= 2 for shape in published.shapes)
@@ -654,7 +658,7 @@ def test_a_pair_that_does_not_load_is_recorded(monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(PlantedSource, "load", load)
-    sweep = speed.Sweep(methods=("plain", "tree"), visual_tokens=(64, 128))
+    sweep = Sweep(methods=("plain", "tree"), visual_tokens=(64, 128))
     source = PlantedSource.of(PAIRS[0], is_tiny=True, seed=0)
     records = list(runner.run([source], sweep, CPU, torch.float32, watch=lambda text: None))
     assert [(record.visual_tokens, record.method) for record in records] == [
@@ -702,9 +706,90 @@ def test_real_checkpoints_are_shown_films(tmp_path, capsys):
     )
 
 
+# Whole answers
+
+ANSWERS = ["bench", "speed", "--tiny", "--pairs", PAIRS[0], "--visual-tokens", "64", "--answer-tokens", "1,12"]
+
+
+def test_whole_answers_are_timed_in_turn_from_the_frames_on(tmp_path, capsys, monkeypatch):
+    asked, usual = [], SpecVLM.generate
+
+    def generate(self, frames, prompt, **settings):
+        draft = self.draft and self.draft.quant
+        asked.append((settings["max_new_tokens"], settings["drafter"], draft, type(frames).__name__))
+        return usual(self, frames, prompt, **settings)
+
+    monkeypatch.setattr(SpecVLM, "generate", generate)
+    monkeypatch.setattr(SpecVLM, "prefill", counted := Counted(SpecVLM.prefill))
+    out = tmp_path / "answers.jsonl"
+    assert cli.main([*ANSWERS, "--repeats", "2", "--draft-quants", "none,int8", "--out", str(out)]) == 0
+    one = [(count, drafter, None, "Frames") for count in (1, 12) for drafter in ("none", "model")]
+    assert asked == one * 3 + [(count, drafter, "int8", "Frames") for count, drafter, *_ in one] * 3
+    assert counted.calls == len(asked)  # nothing else was prefilled, so the first answer is the process's first
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    names = [(line["num_tokens"], line["method"], line["draft_quant"]) for line in lines]
+    both = [(count, method, "none" if method == "auto" else None) for count in (1, 12) for method in ("plain", "auto")]
+    assert names == [*both, (1, "auto", "int8"), (12, "auto", "int8")]
+    for line in lines:
+        assert set(line) == KEYS
+        assert (line["visual_tokens"], line["ms_per_token"], line["error"]) == (64, None, None)
+        assert line["follows_plant"] is line["is_plain"] is True
+        assert set(line["answer_s"]) == set(line["answer_over_plain"]) == {"median", "p10", "p90"}
+        assert line["answer_s"]["median"] > 0 < line["first_answer_s"]
+        assert {"command", "commit", "versions", "gpu", "read_gb_s"} == set(line["provenance"])
+    assert lines[0]["answer_over_plain"] == {"median": 1, "p10": 1, "p90": 1}
+    shown = capsys.readouterr().out
+    assert "64 visual tokens: whole answers" in shown
+    assert "| 12 | auto keep 0.1 int8 |" in shown
+    assert cli.main(["bench", "speed", "--from", str(out)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __get__(self, owner, kind=None):
+        def call(*args, **settings):
+            self.calls += 1
+            return self.function(owner, *args, **settings)
+
+        return call
+
+
+def test_shares_of_plain_are_of_the_same_round():
+    row, plain = (answers._Row(seconds=seconds) for seconds in ([1.0, 3.0, 2.0], [2.0, 3.0, 8.0]))
+    assert answers._over(row, plain) == speed.Spread.of([0.5, 1.0, 0.25])
+    assert answers._over(row, None) is answers._over(row, answers._Row(problem="x")) is None
+
+
+def test_an_answer_that_fails_is_recorded_and_the_others_go_on(monkeypatch):
+    usual = SpecVLM.generate
+
+    def generate(self, frames, prompt, **settings):
+        if settings["max_new_tokens"] == 3 and settings["drafter"] == "model":
+            raise torch.OutOfMemoryError("no room")
+        return usual(self, frames, prompt, **settings)
+
+    monkeypatch.setattr(SpecVLM, "generate", generate)
+    sweep = small(methods=("auto",), answer_tokens=(3, 4))
+    failed, measured = answers.measure(subject(PAIRS[0]), sweep, print)
+    assert (failed.error, failed.visual_tokens) == ("3 tokens: OutOfMemoryError: no room", 64)
+    assert measured.answer_s.median > 0
+    assert measured.answer_over_plain is measured.is_plain is None  # plain decoding was not asked for
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--answer-tokens", "8,x"], "answer_tokens='8,x' is not allowed: write numbers"),
+        (["--answer-tokens", "0"], "answer_tokens=0 is not allowed: at least 1"),
+        (["--answer-tokens", "8", "--tokens", "9"], "tokens=9 is not allowed beside --answer-tokens"),
+        (["--answer-tokens", "8", "--slow-repeats", "9"], "slow_repeats=9 is not allowed beside --answer-tokens"),
+        (["--answer-tokens", "8", "--plots", "x"], "plots=x is not allowed beside --answer-tokens"),
+        (["--answer-tokens", "8", "--methods", "plain,vllm-plain"], "'vllm-plain' is not allowed for whole answers"),
         (["--pairs", "qwen2.5-vl-32b"], "pair 'qwen2.5-vl-32b' is not known: write TARGET/SIZE"),
         (["--pairs", "qwen2.5-vl-32b/2b"], "is not known"),
         (["--pairs", PAIRS[0], "--target", "x", "--draft", "y"], "leave one of them out"),
@@ -806,7 +891,7 @@ def test_vllms_failure_is_one_line(fake_vllm):
 def test_vllm_without_an_interpreter_or_a_model_stops_nothing(monkeypatch):
     assert not vllm.is_installed("/nowhere/python")
     monkeypatch.setattr(vllm, "is_installed", lambda python: True)
-    args = (CheckpointSource("/nowhere", "x"), speed.Sweep(), torch.device("cuda"), torch.bfloat16, print, "python")
+    args = (CheckpointSource("/nowhere", "x"), Sweep(), torch.device("cuda"), torch.bfloat16, print, "python")
     [record] = runner._vllm(*args)
     assert (record.method, record.visual_tokens) == ("vllm-plain", 16384)
     assert "/nowhere" in record.error

@@ -5,6 +5,7 @@ import torch
 
 from specvlm import tree
 from specvlm.errors import ConfigError
+from specvlm.rows import Rows, ancestors
 
 
 def test_paper_tree_is_the_published_one():
@@ -51,7 +52,7 @@ def test_a_bad_tree_is_named(spec, words):
 
 def test_ancestors_see_their_own_path_only():
     # the fault of the authors' code: siblings at one-node levels saw each other
-    sees = tree.ancestors((-1, -1, 0, 0, 2))
+    sees = ancestors((-1, -1, 0, 0, 2))
     assert sees.int().tolist() == [
         [1, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
@@ -63,9 +64,9 @@ def test_ancestors_see_their_own_path_only():
 
 
 def test_rows_are_the_last_of_their_tree():
-    rows = tree.Rows.of((-1, 0, 1, 1, 2), 2, torch.device("cpu"))
+    rows = Rows.of((-1, 0, 1, 1, 2), 2, torch.device("cpu"))
     assert rows.sees.int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 1, 0, 1]]
     assert rows.depths.tolist() == [3, 4]
     assert not rows.is_chain
-    assert tree.Rows.of((-1, 0, 1), 3, torch.device("cpu")).is_chain
-    assert not tree.Rows.of((-1, 0, 1), 2, torch.device("cpu")).is_chain
+    assert Rows.of((-1, 0, 1), 3, torch.device("cpu")).is_chain
+    assert not Rows.of((-1, 0, 1), 2, torch.device("cpu")).is_chain

@@ -18,6 +18,7 @@ from specvlm.kernels.tree_attention import (
     tree_attention_reference,
     workspace_for,
 )
+from specvlm.rows import ancestors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALING = 0.2
@@ -31,7 +32,7 @@ def chain(num_rows):
 
 def verify_mask(topology):
     """[N + 1, N + 1]: the root and the nodes of a tree, as verification sees them."""
-    sees = F.pad(tree.ancestors(topology.parents), (1, 0, 1, 0))
+    sees = F.pad(ancestors(topology.parents), (1, 0, 1, 0))
     sees[:, 0] = True
     return sees
 

@@ -13,6 +13,7 @@ from transformers import (
 
 from specvlm import tree, verify
 from specvlm.config import SamplingConfig
+from specvlm.rows import Rows
 from specvlm.verify import Accepted, Chooser, Draft, Verifier, accept, gumbel
 
 PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -155,7 +156,7 @@ def test_the_distribution_is_that_of_transformers(settings, processors):
 def test_the_penalty_counts_each_rows_own_path():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     prompt, tokens = [7, 7, 2], torch.tensor([4, 5, 6])
-    sees = tree.Rows.of((-1, 0, 0, 1), 4, torch.device("cpu")).sees[:, 1:]
+    sees = Rows.of((-1, 0, 0, 1), 4, torch.device("cpu")).sees[:, 1:]
     seen = verify.seen_before(verify.seen_in(torch.tensor(prompt), 10), tokens, sees)
     ours = verify.penalise(logits, seen, 1.5)
     theirs = RepetitionPenaltyLogitsProcessor(1.5)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from specvlm.tree import Rows
+from specvlm.rows import Rows
 
 NAME = "specvlm"
 _SCORE_ELEMENTS = 1 << 24  # most attention weights that scoring holds at a time, 64 MiB in fp32

@@ -22,8 +22,9 @@ from specvlm.lookup import Lookup
 from specvlm.model import VideoLM
 from specvlm.policy import Acceptance, Observation
 from specvlm.prune import select
+from specvlm.rows import Rows
 from specvlm.session import Session
-from specvlm.tree import Rows, Shape, Tree
+from specvlm.tree import Shape, Tree
 from specvlm.upload import staged, upload
 from specvlm.verify import Accepted, Draft
 

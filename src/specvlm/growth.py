@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specvlm.policy import BIN_EDGES, Observation
-from specvlm.tree import NUM_RANKS, Rows, Shape, Tree, ancestors_on_device
+from specvlm.rows import Rows, ancestors_on_device
+from specvlm.tree import NUM_RANKS, Shape, Tree
 from specvlm.upload import upload
 from specvlm.verify import Accepted, Draft
 

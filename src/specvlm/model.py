@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from specvlm import attention, tree
+from specvlm import attention
 from specvlm.ambient import neutral
 from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.config import shown
@@ -24,6 +24,7 @@ from specvlm.families import Family, Features, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
 from specvlm.kernels.quant import FORMATS, is_served, quantize
 from specvlm.plain import is_patched
+from specvlm.rows import Rows
 from specvlm.rules import Rules
 from specvlm.session import FusedSession, HFSession, Session
 
@@ -56,7 +57,7 @@ class VideoLM:
         self.head: Weight = getattr(hf.lm_head, "weight", embeddings)  # [vocab, D]; fused layers alone read it
         self.dtype: torch.dtype = embeddings.dtype
         self.workspaces = Workspaces(self.kv_shape, self.dtype, self.device)
-        self._rows: dict[tuple[tuple[int, ...], int], tree.Rows] = {}
+        self._rows: dict[tuple[tuple[int, ...], int], Rows] = {}
         _check_rotary(hf, int(head_dim), is_3d=bool(getattr(family, "is_mrope", False)), name=name)
         self.eos_ids = _eos_ids(hf, self.tokenizer, name)
         self.rules = Rules(hf, name, self.eos_ids, self.vocab_size)  # of its generation_config.json
@@ -198,10 +199,10 @@ class VideoLM:
             _free_language_layers(self.hf)
         return other
 
-    def rows(self, parents: tuple[int, ...], count: int) -> tree.Rows:
+    def rows(self, parents: tuple[int, ...], count: int) -> Rows:
         """Return what the last `count` rows of a tree see, made once a shape."""
         if (parents, count) not in self._rows:
-            self._rows[parents, count] = tree.Rows.of(parents, count, self.device)
+            self._rows[parents, count] = Rows.of(parents, count, self.device)
         return self._rows[parents, count]
 
     def stock(self) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from specvlm import attention, tree
+from specvlm import attention
 from specvlm.cache import KVCache
 from specvlm.decoder import Decoder
 from specvlm.errors import ConfigError
@@ -19,6 +19,7 @@ from specvlm.families import Prompt
 from specvlm.graphs import on
 from specvlm.kernels.linear import linear
 from specvlm.kernels.tree_attention import tree_attention
+from specvlm.rows import Rows
 from specvlm.tree import MAX_NODES
 from specvlm.upload import upload
 
@@ -49,7 +50,7 @@ class Session(ABC):
         """Store the rows of a part of the prompt; return the hidden states [D] of the last one."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, rows: Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab].
 
         `scores` collects the attention of the first of them. Where the known text ends is read from
@@ -98,7 +99,7 @@ class Session(ABC):
         return logits
 
     @torch.inference_mode()
-    def verify(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
+    def verify(self, tokens: Tensor, rows: Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run N tree rows in one pass, as `step` does, of a tree that the host need not know.
 
         A GPU runs all trees of one size as one graph: what each row sees is its input. With `scores`, which collect the
@@ -112,7 +113,7 @@ class Session(ABC):
             logits = self.run(None, lambda: self.forward(tokens, rows, scores)).float()
         else:
             place = ("rows", count, of_tree)
-            mine = self.workspace.own(place, lambda: tree.Rows(rows.sees.clone(), rows.depths.clone()))
+            mine = self.workspace.own(place, lambda: Rows(rows.sees.clone(), rows.depths.clone()))
             mine.sees.copy_(rows.sees, non_blocking=True)
             mine.depths.copy_(rows.depths, non_blocking=True)
             self.workspace.tokens[:count].copy_(tokens, non_blocking=True)
@@ -140,7 +141,7 @@ class Session(ABC):
     def is_captured(self) -> bool:
         """Whether `run` replays CUDA graphs."""
 
-    def positions(self, first: int | Tensor, rows: tree.Rows) -> Tensor:
+    def positions(self, first: int | Tensor, rows: Rows) -> Tensor:
         """Return the positions of tree rows, [3, 1, N] for M-RoPE, else [1, N]; `first` is that of the root's."""
         shape = (3, 1, -1) if self._is_3d else (1, -1)
         positions = (first - 1 + rows.depths).expand(shape)
@@ -186,7 +187,7 @@ class HFSession(Session):
             extras = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(prompt.deepstack)}
         return self._language_model(prompt.embeds, prompt.positions, attention.Plan(scores=scores), **extras)[-1]
 
-    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, rows: Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
         count, of_tree = rows.sees.shape
         self.cache.length = self.length + of_tree - count
@@ -235,7 +236,7 @@ class FusedSession(Session):
         )
         return hidden[-1]
 
-    def forward(self, tokens: Tensor, rows: tree.Rows, scores: attention.Scores | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, rows: Rows, scores: attention.Scores | None = None) -> Tensor:
         """Run tree rows [N] behind the tree rows stored before; return their logits [N, vocab]."""
         decoder, start, position = self._decoder, self.workspace.state[:1], self.workspace.state[1:]
         count, of_tree = rows.sees.shape

@@ -4,18 +4,16 @@ A `Tree` is static: its shape is known beforehand. A `Shape` only bounds a tree 
 
 Nodes stand in breadth-first order, so a parent always stands before its children. `parents` holds indices of nodes, -1
 for children of the root; `ranks` says which of its parent's candidates a node is (0 = the draft's first choice).
+
+No tensors here (rows.py), so that a command line with a wrong tree is answered without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
-from specvlm.byvalue import ByValue
 from specvlm.config import shown
 from specvlm.errors import ConfigError
 
@@ -164,54 +162,3 @@ def _dynamic(spec: str, size: str) -> Shape:
         if nodes <= max(shape.num_candidates // 2, depth):
             return shape
     raise ConfigError(f"tree={shown(spec)} is not allowed: {nodes} nodes are too many for a depth of {depth}")
-
-
-def ancestors(parents: Sequence[int]) -> Tensor:
-    """Return which nodes each node sees of the tree: itself and its ancestors.
-
-    Args:
-        parents: N indices, -1 for children of the root; a parent stands before its children.
-
-    Returns:
-        [N, N] bool; row i, column j: j is i or an ancestor of i. Its row sums are the depths.
-    """
-    sees = torch.eye(len(parents), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            sees[node] |= sees[parent]
-    return sees
-
-
-def ancestors_on_device(parents: Tensor, depth: int) -> Tensor:
-    """Do what `ancestors` does for parents [N] int64 of a tree at most this deep, without waiting for the device."""
-    count = parents.shape[0]
-    columns = torch.arange(count, device=parents.device)
-    sees = (parents[:, None] == columns).float() + torch.eye(count, device=parents.device)
-    for _ in range(depth.bit_length()):  # each squaring doubles how far up a node sees
-        sees = (sees @ sees).clamp_max(1)
-    return sees > 0
-
-
-@dataclass(frozen=True, eq=False)
-class Rows(ByValue):
-    """N new rows of a pass over a tree of M rows, of which they are the last."""
-
-    sees: Tensor  # [N, M] bool: what each new row sees of the tree
-    depths: Tensor  # [N] int32, 1 for children of the known text
-    is_chain: bool = False  # known to be all of the tree, each row below the one before
-
-    @staticmethod
-    def of(parents: Sequence[int], count: int, device: torch.device) -> Rows:
-        """Return the last `count` rows of the tree with these parents."""
-        sees = ancestors(parents)[len(parents) - count :]
-        is_chain = list(parents) == list(range(-1, count - 1))
-        return Rows.that_see(sees.to(device), is_chain)
-
-    @staticmethod
-    def that_see(sees: Tensor, is_chain: bool = False) -> Rows:
-        """Return the rows with this mask [N, M]."""
-        return Rows(sees, sees.sum(1, dtype=torch.int32), is_chain)
-
-    def to(self, device: torch.device) -> Rows:
-        """Return the rows on a device."""
-        return Rows(self.sees.to(device), self.depths.to(device), self.is_chain)

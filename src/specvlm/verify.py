@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specvlm.byvalue import ByValue
 from specvlm.config import SamplingConfig
-from specvlm.tree import Rows
+from specvlm.rows import Rows
 from specvlm.upload import upload
 
 if TYPE_CHECKING:

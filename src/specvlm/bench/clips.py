@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from specvlm.bench.sweep import Sweep
 from specvlm.config import VideoConfig
 from specvlm.media import Frames, load
 
@@ -41,6 +42,11 @@ class Shown:
 
     def __str__(self) -> str:
         return "random smooth frames, no film" if self.film is None else self.film
+
+
+def shown_in(sweep: Sweep) -> list[Shown]:
+    """Return what the models are shown, one after another."""
+    return [Shown(film=film) for film in sweep.clips] or [Shown(count) for count in sweep.visual_tokens]
 
 
 def clip(config: Any, visual_tokens: int, device: torch.device, seed: int = 0) -> Frames:

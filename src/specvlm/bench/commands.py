@@ -87,6 +87,11 @@ def _add_speed(questions: Any) -> None:
         "changing (both by turns) [default: published]"
     )
     group.add_argument("--planted-drafts", metavar="A,B", help=help)
+    help = (
+        "instead: time whole answers of so many tokens, from the frames to the last word, each method in turn "
+        "[methods by default: plain,auto]"
+    )
+    group.add_argument("--answer-tokens", metavar="N,N", help=help)
     help = "tokens of an answer [default: 256]"
     group.add_argument("--tokens", dest="num_tokens", type=int, metavar="N", help=help, default=argparse.SUPPRESS)
     help = "counted answers of each method [default: 5]"
@@ -185,13 +190,16 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
         raise ConfigError(f"{problem}: leave one of them out")
     given |= {"planted_drafts": ()} if args.target else {}
     _check_clips(args)
+    if args.answer_tokens:
+        _check_answers(args)
+        given = {"methods": ("plain", "auto"), **given, "answer_tokens": numbers(args, "answer_tokens", int)}
     args.visual_tokens = args.visual_tokens or "16384"
     counts, ratios = (numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
-    from specvlm.bench import published, runner, speed, subjects
+    from specvlm.bench import published, runner, subjects, sweep
     from specvlm.model import resolve_device, resolve_dtype
 
     console.raise_on_signals()
-    sweep = speed.Sweep(counts, ratios, clips=tuple(args.clips), **given)
+    what = sweep.Sweep(counts, ratios, clips=tuple(args.clips), **given)
     if args.target:
         sources: list[subjects.Source] = [subjects.CheckpointSource(args.target, args.draft)]
     else:
@@ -199,8 +207,17 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
         sources = [subjects.PlantedSource.of(name, is_tiny=args.tiny, seed=args.seed) for name in names]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    records = runner.run(sources, sweep, device, dtype, watch=status.show, vllm_python=args.vllm_python)
+    records = runner.run(sources, what, device, dtype, watch=status.show, vllm_python=args.vllm_python)
     return runner.write(records, args.out)
+
+
+def _check_answers(args: argparse.Namespace) -> None:
+    """Refuse what has no effect on whole answers."""
+    for name in ("num_tokens", "slow_repeats", "plots"):
+        if getattr(args, name, None) is not None:
+            option = {"num_tokens": "tokens"}.get(name, name)
+            problem = f"{option}={getattr(args, name)} is not allowed beside --answer-tokens"
+            raise ConfigError(f"{problem}: leave one of them out")
 
 
 def _check_clips(args: argparse.Namespace) -> None:

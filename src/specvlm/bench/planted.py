@@ -40,7 +40,6 @@ RANKS: Mapping[str, tuple[float, ...]] = {
     "hopeless": (0.05, 0.02, 0.01, 0.01),
     "self": (0.90, 0.05, 0.02, 0.01),
 }
-DRAFTS = ("published", "hopeless", "changing")  # that a smaller model may be
 BLOCK = 128  # tokens along the cycle between two changes of the draft "changing"
 _NUM_RANKS = 4
 _DAMPING = 1e-2  # of every layer's output

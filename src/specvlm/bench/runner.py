@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 
-from specvlm.bench import vllm_plain
-from specvlm.bench.clips import reachable
+from specvlm.bench import answers, vllm_plain
+from specvlm.bench.clips import reachable, shown_in
 from specvlm.bench.hardware import gpu_name, read_rate
 from specvlm.bench.provenance import command_line, provenance, written
 from specvlm.bench.speed import (
     END_TO_END_TOKENS,
-    NO_QUANT,
-    Cell,
     Record,
     Spread,
-    Sweep,
     Watch,
     attempt,
     failed,
@@ -29,6 +26,7 @@ from specvlm.bench.speed import (
     measure,
 )
 from specvlm.bench.subjects import Source
+from specvlm.bench.sweep import NO_QUANT, Cell, Sweep
 from specvlm.model import check_quant
 
 
@@ -92,11 +90,14 @@ def _records(
     watch(f"{source.name}: loading")
     subject = attempt(lambda: source.load(device, dtype))
     if isinstance(subject, str):
-        for shown in sweep.shown:
+        for shown in shown_in(sweep):
             for cell in sweep.cells():
                 yield failed(shown.pair(source.name), cell, shown.visual_tokens, subject)
         return
-    yield from measure(subject, sweep, rate, watch)
+    if sweep.answer_tokens:
+        yield from answers.measure(subject, sweep, watch)
+    else:
+        yield from measure(subject, sweep, rate, watch)
 
 
 def _vllm(

@@ -13,6 +13,7 @@ percent (a planted draft that is hopeless) has plain decoding beside it.
     specvlm bench speed --methods auto --planted-drafts hopeless,changing        # a draft that is no good, or at times
     specvlm bench speed --target T --draft D --clips a.mp4 b.mp4                 # your own pair on your own films
     specvlm bench speed --pairs qwen2.5-vl-32b/7b --tiny --visual-tokens 64      # a check of the command on a CPU
+    specvlm bench speed --answer-tokens 8,16,256 --draft-quants none,int4        # whole answers (answers.py)
     specvlm bench speed --from speed.jsonl --plots plots                         # table and plots of an earlier run
 
 Methods: plain, chain and tree (fixed trees of the smaller model), auto (trees chosen round by round), self (the same,
@@ -46,151 +47,33 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
 from typing import Any, TypeVar
 
 import torch
 
 from specvlm import tree as trees_
 from specvlm.account import measure_peak, reset_peak
-from specvlm.bench import choices, passes, peers, planted, steps
+from specvlm.bench import choices, passes, peers, steps
 from specvlm.bench.choices import Change, Chosen
-from specvlm.bench.clips import PROMPT, Shown
+from specvlm.bench.clips import PROMPT, Shown, shown_in
 from specvlm.bench.hardware import kv_bytes, weight_bytes
 from specvlm.bench.passes import Pass
 from specvlm.bench.steps import Step
-from specvlm.bench.subjects import Layers, Subject
+from specvlm.bench.subjects import Subject
+from specvlm.bench.sweep import ENGINE_METHODS, Cell, Layers, Sweep
 from specvlm.config import EngineConfig
 from specvlm.engine import SpecVLM
-from specvlm.errors import ConfigError
 from specvlm.growth import round_passes
-from specvlm.kernels.quant import FORMATS
 from specvlm.request import Prefilled
 from specvlm.session import Session
 from specvlm.tree import MAX_NODES
 
-ENGINE_METHODS = ("plain", "chain", "tree", "auto", "self", "lookup")
-METHODS = (*ENGINE_METHODS, *peers.PEERS, "vllm-plain")
 END_TO_END_TOKENS = 256
-NO_QUANT = "none"
 _GIB = 2**30
 _MAY_STAY_PLAIN = ("auto", "self", "lookup")
 _SCORED = {False: "unscored", True: "scored"}
 Watch = Callable[[str], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What is measured, and how often."""
-
-    visual_tokens: tuple[int, ...] = (16384,)
-    keep_ratios: tuple[float, ...] = (0.1,)
-    trees: tuple[str, ...] = ("paper", "chain:5")
-    methods: tuple[str, ...] = METHODS
-    draft_quants: tuple[str, ...] = (NO_QUANT,)  # of every method that drafts with a model
-    planted_drafts: tuple[str, ...] = ("published",)  # of auto; empty: real checkpoints
-    clips: tuple[str, ...] = ()  # films to show, in place of frames of so many visual tokens
-    num_tokens: int = 256
-    repeats: int = 5
-    slow_repeats: int = 2  # of prefills and of other engines' answers
-
-    def __post_init__(self) -> None:
-        for name in ("visual_tokens", "keep_ratios", "trees", "methods", "draft_quants"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty: name at least one")
-        for name, least in (("num_tokens", 2), ("repeats", 1), ("slow_repeats", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: at least {least}")
-        choices_of = {"methods": METHODS, "draft_quants": (NO_QUANT, *FORMATS), "planted_drafts": planted.DRAFTS}
-        for name, known in choices_of.items():
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ConfigError(f"{name[:-1]} {unknown[0]!r} is not known: choose from {', '.join(known)}")
-        if low := [count for count in self.visual_tokens if count < 1]:
-            raise ConfigError(f"visual_tokens={low[0]} is not allowed: at least 1")
-        for ratio in self.keep_ratios:
-            EngineConfig().replace(keep_ratio=ratio)
-        for spec in self.trees:
-            trees_.parse(spec)
-
-    @property
-    def shown(self) -> list[Shown]:
-        """What the models are shown, one after another."""
-        return [Shown(film=film) for film in self.clips] or [Shown(count) for count in self.visual_tokens]
-
-    def cells(self) -> list[Cell]:
-        """Return what is measured at one number of visual tokens, vLLM left out; this engine's methods come first."""
-        found = [cell for method in self.methods if method != "vllm-plain" for cell in self._cells_of(method)]
-        return sorted(found, key=lambda cell: cell.method not in ENGINE_METHODS)
-
-    def _cells_of(self, method: str) -> list[Cell]:
-        if method == "transformers-assisted":
-            return [Cell(method, layers=Layers("model"))]
-        if method not in ("chain", "tree", "auto", "self"):
-            return [Cell(method)]
-        is_planted = bool(self.planted_drafts)
-        trees: Sequence[str | None] = [None]
-        drafts: Sequence[str | None] = ["published" if is_planted else None]
-        if method in ("chain", "tree"):
-            trees = [spec for spec in self.trees if spec.startswith("chain:") == (method == "chain")]
-        elif method == "self":
-            drafts = ["self" if is_planted else None]
-        else:
-            drafts = self.planted_drafts or [None]
-        kind = "self" if method == "self" else "model"
-        layers = [Layers(kind, None if quant == NO_QUANT else quant) for quant in self.draft_quants]
-        return [Cell(method, *rest) for rest in product(self.keep_ratios, trees, layers, drafts)]
-
-    def groups(self) -> list[tuple[Layers | None, list[Cell]]]:
-        """Return the cells by the layers that draft for them, which are in memory one after another.
-
-        Cells that draft without a model stand with the smaller model as it is, or with the first group there is.
-        """
-        cells = self.cells()
-        order = list(dict.fromkeys(cell.layers for cell in cells if cell.layers))
-        if not order:
-            return [(None, cells)] if cells else []
-        host = Layers("model") if Layers("model") in order else order[0]
-        order.sort(key=lambda layers: layers != host)
-        return [(layers, [cell for cell in cells if (cell.layers or host) == layers]) for layers in order]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method with its settings, which are None where it has none."""
-
-    method: str
-    keep_ratio: float | None = None
-    tree: str | None = None
-    layers: Layers | None = None
-    planted_draft: str | None = None
-
-    def settings(self, sweep: Sweep) -> dict[str, Any]:
-        """Return the engine's settings."""
-        common = {"max_new_tokens": sweep.num_tokens, "repetition_penalty": 1.0}
-        if self.layers is None:
-            return common | {"drafter": "none" if self.method == "plain" else self.method}
-        chosen = {"tree": self.tree or "dynamic", "policy": "fixed" if self.tree else "auto"}
-        pruned = {"pruner": "verifier", "keep_ratio": self.keep_ratio}
-        return common | chosen | pruned | {"drafter": self.layers.drafter}
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """The record's fields that say which cell it is of."""
-        layers = self.layers if self.method in ENGINE_METHODS else None
-        return {
-            "method": self.method,
-            "keep_ratio": self.keep_ratio,
-            "tree": self.tree,
-            "drafter": layers.drafter if layers else "lookup" if self.method == "lookup" else None,
-            "draft_quant": (layers.quant or NO_QUANT) if layers else None,
-            "planted_draft": self.planted_draft,
-        }
-
-    def __str__(self) -> str:
-        quant = self.layers.quant if self.layers else None
-        parts = (self.method, self.tree, self.keep_ratio, quant, self.planted_draft)
-        return " ".join(str(part) for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -242,6 +125,9 @@ class Record:
     prefill_s: dict[str, float] = field(default_factory=dict)  # scored and unscored, encoding left out
     weights_gib: float | None = None
     kv_gib: float | None = None  # what the method itself needs for prompt and answer
+    answer_s: Spread | None = None  # of whole answers (answers.py); then nothing of single tokens is known
+    answer_over_plain: Spread | None = None
+    first_answer_s: float | None = None
     error: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -262,7 +148,7 @@ class _Prefills:
 
 def measure(subject: Subject, sweep: Sweep, read_gb_s: float, watch: Watch) -> Iterator[Record]:
     """Yield a Record a cell, for every number of visual tokens. A cell that fails has an error; the rest goes on."""
-    for shown in sweep.shown:
+    for shown in shown_in(sweep):
         for record in _at_length(subject, sweep, shown, read_gb_s, watch):
             yield replace(record, pair=shown.pair(record.pair), shown=str(shown))
         free_memory()
@@ -365,6 +251,21 @@ class _Length:
         return self._verified[rows]
 
 
+def engines(subject: Subject, layers: Layers | None, cells: Sequence[Cell]) -> dict[Cell, SpecVLM]:
+    """Return the engine of each cell: one a planted draft, all of these layers."""
+    if layers is None:
+        return dict.fromkeys(cells, SpecVLM(subject.target))
+    own = "self" if layers.drafter == "self" else "published"
+    drafts: dict[str | None, SpecVLM] = {}
+    base = subject.draft(layers)
+    for name in dict.fromkeys(cell.planted_draft for cell in cells):
+        if name in (None, own) or subject.replanted is None:
+            drafts[name] = SpecVLM(subject.target, base)
+        else:
+            drafts[name] = SpecVLM(subject.target, subject.replanted(base, str(name)))
+    return {cell: drafts[cell.planted_draft] for cell in cells}
+
+
 class _Group:
     """The cells whose drafts share their layers; plain decoding runs beside a hopeless draft in any case."""
 
@@ -376,23 +277,9 @@ class _Group:
         self._passes |= {cell: [] for cell in cells}
         self._warm_ups: dict[Cell, Pass] = {}  # their peaks come before other engines have left anything behind
         self._problems: dict[Cell, str] = {}
-        self._models = self._with_drafts(length.subject, layers)
+        self._models = engines(length.subject, layers, tuple(self._passes))
         self._draft_sessions: dict[float | None, Session] = {}
         self._drafted: dict[tuple[float | None, ...], Step] = {}
-
-    def _with_drafts(self, subject: Subject, layers: Layers | None) -> dict[Cell, SpecVLM]:
-        """Return the engine of each cell: one a planted draft."""
-        if layers is None:
-            return dict.fromkeys(self._passes, SpecVLM(subject.target))
-        own = "self" if layers.drafter == "self" else "published"
-        drafts: dict[str | None, SpecVLM] = {}
-        base = subject.draft(layers)
-        for name in dict.fromkeys(cell.planted_draft for cell in self._passes):
-            if name in (None, own) or subject.replanted is None:
-                drafts[name] = SpecVLM(subject.target, base)
-            else:
-                drafts[name] = SpecVLM(subject.target, subject.replanted(base, str(name)))
-        return {cell: drafts[cell.planted_draft] for cell in self._passes}
 
     def records(self) -> Iterator[Record]:
         """Run all cells in turn, then yield their records."""

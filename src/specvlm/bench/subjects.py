@@ -15,15 +15,8 @@ from transformers import AutoConfig
 from specvlm.bench import planted, published
 from specvlm.bench.planted import Cycle
 from specvlm.bench.published import Spec
+from specvlm.bench.sweep import Layers
 from specvlm.model import VideoLM
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Whose layers draft, and in how many bits."""
-
-    drafter: str  # "model": the smaller one; "self": the target's own
-    quant: str | None = None  # a format of kernels/quant.py
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,13 @@ def _text(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _spread(spread: Mapping[str, float] | None, form: str) -> str:
+    if spread is None:
+        return ""
+    median, p10, p90 = (format(spread[name], form) for name in ("median", "p10", "p90"))
+    return f"{median} ({p10} to {p90})"
+
+
 def _chosen(line: Line) -> str:
     """Return the share of plain passes and the shapes chosen most."""
     if line.get("plain_share") is None:
@@ -153,7 +160,7 @@ def _followed(line: Line) -> str:
 
 _COLUMNS: dict[str, Callable[[Line], str]] = {
     "method": label,
-    "ms a token (p10 to p90)": lambda line: "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**line["ms_per_token"]),
+    "ms a token (p10 to p90)": lambda line: _spread(line["ms_per_token"], ".2f"),
     "MAT": lambda line: _text(line.get("mean_accepted_length"), ".2f"),
     "steps, ms (x floor)": _steps,
     "before the second token, s": lambda line: ", ".join(f"{k} {v:.2f}" for k, v in line["ttft_s"].items()),
@@ -163,6 +170,16 @@ _COLUMNS: dict[str, Callable[[Line], str]] = {
     "passes chosen, nodes/depth": _chosen,
     "time over plain": _over_plain,
     "rounds until it followed a turn to": _followed,
+}
+_ANSWER_COLUMNS: dict[str, Callable[[Line], str]] = {
+    "new tokens": lambda line: str(line["num_tokens"]),
+    "method": label,
+    "answer, s (p10 to p90)": lambda line: _spread(line["answer_s"], ".3f"),
+    "share of plain (p10 to p90)": lambda line: _spread(line["answer_over_plain"], ".3f"),
+    "first answer, s": lambda line: _text(line["first_answer_s"], ".3f"),
+    "MAT": _COLUMNS["MAT"],
+    "as planted": _COLUMNS["as planted"],
+    "as plain": lambda line: {True: "yes", False: "NO", None: ""}[line["is_plain"]],
 }
 _OPTIONAL = ("passes chosen, nodes/depth", "time over plain", "rounds until it followed a turn to")
 
@@ -174,11 +191,18 @@ def table(lines: Sequence[Line]) -> str:
     pages = [f"{text}\n" for text in dict.fromkeys(_origin(line["provenance"]) for line in lines)]
     for pair, visual_tokens in dict.fromkeys(map(_place, measured(lines))):
         part = [line for line in measured(lines) if _place(line) == (pair, visual_tokens)]
-        told = [f"The models were shown: {part[0]['shown']}.\n"] if part[0].get("shown") else []
-        pages += [f"## {pair}, {visual_tokens} visual tokens\n", *told, _part(part), *_passes(part)]
-    failures = [line for line in lines if line["ms_per_token"] is None]
+        pages += [f"## {pair}, {visual_tokens} visual tokens\n", *_told(part), _part(part), *_passes(part)]
+    answers = [line for line in lines if line.get("answer_s")]
+    for pair, visual_tokens in dict.fromkeys(map(_place, answers)):
+        part = [line for line in answers if _place(line) == (pair, visual_tokens)]
+        pages += [f"## {pair}, {visual_tokens} visual tokens: whole answers\n", *_told(part), _rows(_answers(part))]
+    failures = [line for line in lines if line["ms_per_token"] is None and not line.get("answer_s")]
     pages += [f"{line['pair']}, {line['visual_tokens']}, {label(line)}: {line.get('error')}\n" for line in failures]
     return "\n".join(pages)
+
+
+def _told(part: Sequence[Line]) -> list[str]:
+    return [f"The models were shown: {part[0]['shown']}.\n"] if part[0].get("shown") else []
 
 
 def _origin(provenance: Line) -> str:
@@ -190,8 +214,17 @@ def _part(part: Sequence[Line]) -> str:
     columns = {name: [text(line) for line in part] for name, text in _COLUMNS.items()}
     kept = [(name, texts) for name, texts in columns.items() if name not in _OPTIONAL or any(texts)]
     kept.insert(2, ("speedup", [_text(speedup(line, part), ".2f") for line in part]))
-    rows = [f"| {' | '.join(name for name, _ in kept)} |", "|" + "---|" * len(kept)]
-    rows += [f"| {' | '.join(cells)} |" for cells in zip(*(texts for _, texts in kept), strict=True)]
+    return _rows(dict(kept))
+
+
+def _answers(part: Sequence[Line]) -> dict[str, list[str]]:
+    """Return the columns of whole answers."""
+    return {name: [text(line) for line in part] for name, text in _ANSWER_COLUMNS.items()}
+
+
+def _rows(columns: Mapping[str, Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rows += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
     return "\n".join(rows) + "\n"
 
 
