@@ -223,6 +223,12 @@ def test_help_names_every_setting_and_its_default(command, parts, capsys):
         assert name in text
 
 
+@pytest.mark.parametrize("command", ["describe", "verify"])
+def test_words_may_stand_behind_options_also_those_that_look_like_options(command):
+    assert cli._parse([command, "a.mp4", "--fps", "1", "b.mp4"]).words == ["a.mp4", "b.mp4"]
+    assert cli._parse([command, "a.mp4", "--fps", "1", "--", "-b.mp4"]).words == ["a.mp4", "-b.mp4"]
+
+
 def test_help_and_bad_options_import_no_torch():
     script = (
         "import sys; from specvlm.cli import main\n"
@@ -256,6 +262,14 @@ def test_compare_finds_the_answers_identical(run, clip):
     assert float(table["acceptance length"][1]) == pytest.approx(1 + float(table["MAT"][1]))
     assert {"ms a token", "time to first token, s", "total, s"} < set(table)
     assert lines[-2].startswith("speedup: ")
+
+
+def test_compare_draws_one_seed_for_both(run, clip):
+    code, out, _ = run("compare", clip, *PAIR, *SHORT, "--temperature", "1", "--json")
+    found = json.loads(out)
+    seeds = {found[name]["config"]["sampling"]["seed"] for name in ("plain", "speculative")}
+    assert (code, found["identical"], len(seeds)) == (0, True, 1)
+    assert None not in seeds
 
 
 def test_compare_as_json(run, clip):

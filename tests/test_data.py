@@ -56,7 +56,9 @@ MALFORMED = {
     "no path at all": ({**GOOD, "id": "b", "video": "a\0b"}, "there is no video"),
     "a line break in the path": ({**GOOD, "id": "b", "video": "a\nb"}, "there is no video"),
     "a second of its id": ({**GOOD, "prompt": "Again?"}, "id 'a' is that of questions.jsonl, line 1"),
-    "a part that ends before it starts": ({**GOOD, "id": "b", "start": 2, "end": 1}, "end=1 is not allowed"),
+    "a part that ends before it starts": ({**GOOD, "id": "b", "start": 2, "end": 1}, "end=1.0 is not allowed"),
+    "a setting of the run": ({**GOOD, "id": "b", "num_frames": 4}, "num_frames is a setting of the whole run"),
+    "a key twice": (b'{"id": "b", "id": "c", "video": "one.mp4", "prompt": "What?"}', "key 'id' stands there twice"),
     "a time that is text": ({**GOOD, "id": "b", "start": "0:10"}, "start='0:10' is not allowed"),
 }
 
@@ -289,7 +291,7 @@ def test_malformed_rows_are_named_and_the_rest_is_read(tmp_path):
         "json/action_sequence.json, row 4": "its options are []",
         "json/action_sequence.json, row 5": "its options are ['x', None]",
         "json/action_sequence.json, row 6": "it has 11 options",
-        "json/action_sequence.json, row 7": "end=0 is not allowed",
+        "json/action_sequence.json, row 7": "end=0.0 is not allowed",
         "json/action_sequence.json, row 8": "it has no video",
         "json/episodic_reasoning.json, row 1": "no frame to show (12 frames at 3 a second end before 9 s)",
         "json/karaoke.json, row 1": "karaoke is no task of MVBench",

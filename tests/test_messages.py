@@ -1,6 +1,7 @@
 """Messages in the ecosystem's forms: what a part sets holds for itself, and what nothing reads is refused by name."""
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -148,6 +149,7 @@ WRONG = [
     ([{"role": "user", "content": None}], r"content=None is not allowed"),
     ([{"role": "user", "content": []}], r"content=\[\] is not allowed: give at least one part"),
     ([[{"role": "user", "content": "Hi"}], {}], r"messages\[0\] is a list: give one conversation"),
+    ([[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Ho"}]], r"a list of conversations .* give one"),
     ({"role": "user", "content": "Hi"}, r"put it into a list"),
     (user("Hi"), r"messages\[0\].content\[0\]='Hi' is not allowed"),
     (user(["Hi"]), r"content\[0\]=\['Hi'\] is not allowed"),
@@ -161,7 +163,10 @@ WRONG = [
     (user(VIDEO | {"fps": 1, "nframes": 3}), r"give num_frames or fps, not both"),
     (user(VIDEO | {"nframes": 4, "num_frames": 3}), r"num_frames is given twice"),
     (user(VIDEO | {"video_start": 3, "video_end": 2}), r"end=2.0 is not allowed: later than start"),
-    (user(VIDEO | {"sample_fps": 1}), r"sample_fps=1 is not allowed for a file: give fps"),
+    (user(VIDEO | {"sample_fps": 1}), r"sample_fps=1 is not allowed for a file .* give fps"),
+    (user({"type": "video", "video": Path("x.mp4"), "sample_fps": 1}), r"sample_fps=1 is not allowed for a file"),
+    (user({"type": "video", "video": io.BytesIO(), "raw_fps": 1}), r"raw_fps=1 is not allowed for a file"),
+    (user({"type": "video", "video": tiny.video(2), "sample_fps": 4}), r"not allowed for a file or Frames, which have"),
     (user({"type": "video", "video": ["a.png"], "raw_fps": 3}), r"raw_fps=3 is not allowed without sample_fps"),
     (user(VIDEO | {"resized_height": 56}), r"give both resized_height and resized_width"),
     (user(VIDEO | {"resized_height": 56, "resized_width": 56, "max_pixels": 784}), r"exact size; leave max_pixels out"),

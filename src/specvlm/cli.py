@@ -68,6 +68,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
     while unknown and hasattr(args, "words") and not unknown[0].startswith("-"):
         args.words.append(unknown.pop(0))  # words behind an option that followed others
+    if unknown[:1] == ["--"] and hasattr(args, "words"):
+        args.words += unknown[1:]
+        unknown = []
     if unknown:
         command = " ".join(filter(None, (args.command, getattr(args, "question", None))))
         raise ConfigError(f"unknown argument {unknown[0]!r}; see specvlm {command} --help")
@@ -123,7 +126,7 @@ def _add_verify(commands: Any) -> None:
     usage = "specvlm verify [options] [VIDEO ...]"
     parser = commands.add_parser("verify", help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage)
     parser.set_defaults(run=_verify)
-    parser.add_argument("sources", metavar="VIDEO", nargs="*", help="videos [default: the bundled held-out clips]")
+    parser.add_argument("words", metavar="VIDEO", nargs="*", help="videos [default: the bundled held-out clips]")
     text = "the question about each VIDEO [default: a description]"
     parser.add_argument("-p", "--prompt", metavar="TEXT", help=text)
     add_data(parser)
@@ -311,13 +314,13 @@ def _ties(args: argparse.Namespace, status: Status, question: Request, model: Sp
 def _verify(args: argparse.Namespace, status: Status) -> int:
     from specvlm import lossless
 
-    if args.sources:
+    if args.words:
         for name in ("data", "data_dir", "ask", "limit"):
             if getattr(args, name) is not None:
                 raise ConfigError(
                     f"{name}={getattr(args, name)!r} is not allowed beside a VIDEO: leave one of them out"
                 )
-        samples: list[tuple[str, Any, str | None, Any]] = [(name, name, args.prompt, {}) for name in args.sources]
+        samples: list[tuple[str, Any, str | None, Any]] = [(name, name, args.prompt, {}) for name in args.words]
     else:
         if args.prompt is not None:
             raise ConfigError(f"prompt={args.prompt!r} is not allowed without a VIDEO: name one")

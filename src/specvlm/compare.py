@@ -136,7 +136,7 @@ def compare(
     question = model.load(source, prompt)
 
     def run(name: str, **settings: Any) -> Generation:
-        request = model.request(question, **settings)
+        request = model.request(question, seed=question.config.sampling.seed, **settings)  # one seed, if it is drawn
         request.seconds.on_stage = watch(f"{name}: ")
         return model.generate_request(request)
 

@@ -34,11 +34,17 @@ def messages_of(source: Any, prompt: str | None) -> list[Message]:
         if prompt is not None:
             raise ConfigError(f"prompt={prompt!r} is not allowed beside messages: put it into the last message")
         return list(source)
+    if isinstance(source, list | tuple) and any(_is_conversation(item) for item in source):
+        raise ConfigError("a list of conversations is not allowed: give one, a list of messages, at a time")
     if prompt is not None and not isinstance(prompt, str):
         raise ConfigError(f"prompt={prompt!r} is not allowed: it must be str")
     videos = [{"type": "video", "video": video} for video in videos_in(source)]
     text = {"type": "text", "text": DEFAULT_PROMPT if prompt is None else prompt}
     return [{"role": "user", "content": [*videos, text]}]
+
+
+def _is_conversation(item: Any) -> bool:
+    return isinstance(item, list | tuple) and any(isinstance(message, dict) for message in item)
 
 
 def videos_in(source: Any) -> list[Any]:

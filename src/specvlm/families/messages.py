@@ -188,8 +188,9 @@ def _check_detail(given: Mapping[str, Any], place: str) -> None:
 def _check_rates(given: Mapping[str, Any], source: Any, place: str) -> None:
     """sample_fps is the rate of frames that are there already; their seconds follow from it, whatever raw_fps was."""
     for name in ("sample_fps", "raw_fps"):
-        if name in given and isinstance(source, str | bytes):
-            raise ConfigError(f"{place}: {name}={given[name]!r} is not allowed for a file: give fps")
+        if name in given and not (isinstance(source, list | tuple) or hasattr(source, "ndim")):
+            problem = f"{place}: {name}={given[name]!r} is not allowed for a file or Frames, which have times"
+            raise ConfigError(f"{problem}: give fps")
     if "raw_fps" in given and "sample_fps" not in given:
         problem = f"{place}: raw_fps={given['raw_fps']!r} is not allowed without sample_fps"
         raise ConfigError(f"{problem}, from which the times of the frames follow")

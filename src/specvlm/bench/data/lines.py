@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from specvlm.bench.data.samples import Claim, Data, Problem, Row, claimed, found
+from specvlm.bench.data.samples import Claim, Data, Malformed, Problem, Row, claimed, found
+from specvlm.config import setting_names
 from specvlm.errors import ConfigError
 
 
@@ -28,6 +31,7 @@ def read_lines(
     """
 
     def parse(row: Row) -> Claim:
+        _check_keys(row)
         asked = row.text("prompt") if prompt is None or "prompt" in row.fields else prompt
         path = row.text(video)
         return Claim(row.name("id"), asked, os.path.normpath(path) if "://" not in path else path, (path,), row.cut())
@@ -41,6 +45,25 @@ def read_lines(
     return Data.of(name, samples, [*problems, *missing], limit)
 
 
+def _check_keys(row: Row) -> None:
+    """Raise Malformed where a line sets what only a run can; other keys than settings are the user's own business."""
+    if wrong := sorted(row.fields.keys() & (setting_names() - {"start", "end"})):
+        raise Malformed(f"{wrong[0]} is a setting of the whole run, not of a line: give it as an option")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object whose keys are all different.
+
+    Raises:
+        ValueError: they are not; JSON would take the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} stands there twice")
+    return found
+
+
 def _rows(file: Path, content: bytes) -> Iterator[Row | Problem]:
     """Yield the lines that are not blank. Only a line feed ends one: JSON's texts may hold every other separator."""
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -48,7 +71,7 @@ def _rows(file: Path, content: bytes) -> Iterator[Row | Problem]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             yield Problem(where, f"it is no JSON ({error}): write one object {{video, prompt, id}} a line")
             continue
