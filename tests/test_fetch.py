@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -404,6 +405,9 @@ SECONDS = torch.tensor([0.0, 0.5], dtype=torch.float64)
         (Frames(PIXELS, SECONDS.long(), 2.0), "seconds"),
         (Frames(PIXELS, SECONDS.flip(0), 2.0), "ascending"),
         (Frames(PIXELS, SECONDS * torch.nan, 2.0), "finite"),
+        (Frames(PIXELS, SECONDS.to("meta"), 2.0), "on the meta device"),
+        (Frames(PIXELS, SECONDS.to_sparse(), 2.0), "sparse_coo"),
+        (Frames(PIXELS, SECONDS * 1e12, 9.0), "more than 10,000,000 times"),
         (Frames(PIXELS, SECONDS, 0.0), "fps"),
         (Frames(PIXELS, SECONDS, float("nan")), "fps"),
         (Frames(PIXELS, SECONDS, "2"), "fps"),
@@ -415,7 +419,23 @@ SECONDS = torch.tensor([0.0, 0.5], dtype=torch.float64)
     ],
 )
 def test_malformed_frames_are_explained(frames: Frames, word: str):
-    fails(frames, word)
+    fails(frames, word, fps=1.0)
+
+
+@pytest.mark.parametrize("seconds", [SECONDS.bfloat16(), SECONDS.clone().requires_grad_()])
+def test_frames_may_tell_their_seconds_in_any_float(seconds: torch.Tensor):
+    assert load(Frames(PIXELS, seconds, 2.0), C(num_frames=1)).seconds.tolist() == [0.0]
+
+
+class Broken:
+    name = None
+
+    def read(self, count: int) -> bytes:
+        raise zlib.error("incorrect\ndata check")
+
+
+def test_whatever_a_file_object_raises_is_a_line():
+    fails(Broken(), "<file object> cannot be read (incorrect data check): pass an open binary file")
 
 
 @pytest.mark.parametrize(
@@ -423,6 +443,7 @@ def test_malformed_frames_are_explained(frames: Frames, word: str):
     [
         (torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device="meta"), "meta"),
         (torch.zeros(2, 32, 32, 3, dtype=torch.uint8).to_sparse(), "sparse"),
+        (torch.nested.nested_tensor(list(PIXELS), layout=torch.jagged), "nested"),
         (np.ma.masked_array(np.zeros((2, 32, 32, 3), np.uint8), mask=True), "masked"),
         (np.full((2, 32, 32, 3), 100, np.int32), "int32"),
     ],

@@ -475,6 +475,17 @@ def test_a_row_of_jpegs_is_as_many_frames(options: dict):
     assert numbers(load(row, C(), kind="image").pixels) == [0]
 
 
+@pytest.mark.parametrize("form", ["PNG", "BMP", "PPM", "PGM", "PBM"])
+def test_a_row_of_other_pictures_is_its_first_with_a_warning(form: str):
+    out = io.BytesIO()
+    mode = {"PGM": "L", "PBM": "1"}.get(form, "RGB")
+    Image.fromarray(picture(7)).convert(mode).save(out, "PPM" if form in ("PGM", "PBM") else form)
+    assert shown(out.getvalue()) == shown(out.getvalue() + bytes(9)) == [7]
+    with pytest.warns(MediaWarning, match="has more pictures behind the first, which alone is read"):
+        assert numbers(load(out.getvalue() * 3, C()).pixels) == [7]
+    assert numbers(load(out.getvalue() * 3, C(), kind="image").pixels) == [7]
+
+
 def test_one_jpeg_with_more_behind_it_is_a_still():
     photo = _jpeg(7)
     assert shown(photo) == [7]

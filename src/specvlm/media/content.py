@@ -7,7 +7,13 @@ import re
 from specvlm.media import jpeg
 from specvlm.media.frames import Data
 
-_MOST_JPEG = 1 << 26  # bytes of a file that are looked through for a second picture
+_MOST_LOOKED_THROUGH = 1 << 26  # bytes of a file, for a second picture
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BITMAP = re.compile(rb"BM.{12}[\x0c\x28\x6c\x7c]\0\0\0", re.DOTALL)
+_NETPBM = re.compile(rb"P[1-6]\s")
+_GAP = rb"\s+(?:#[^\n]*\n\s*)*"
+_BITS = re.compile(rb"P4%b(\d{1,9})%b(\d{1,9})\s" % (_GAP, _GAP))
+_SAMPLES = re.compile(rb"P([56])%b(\d{1,9})%b(\d{1,9})%b(\d{1,5})\s" % (_GAP, _GAP, _GAP))
 
 _STILL_BRANDS = (b"avif", b"mif1", b"heic", b"heix", b"heim", b"heis")
 _SEQUENCE_BRANDS = (b"avis", b"msf1", b"hevc", b"hevx", b"hevm", b"hevs")
@@ -55,14 +61,37 @@ def is_still(data: Data) -> bool:
     """Whether these are the first bytes of a picture that does not move (animations go to the video reader)."""
     head = head_of(data, 4096)
     if head.startswith(b"\xff\xd8\xff"):
-        return not jpeg.is_motion(head_of(data, _MOST_JPEG))
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return not jpeg.is_motion(head_of(data, _MOST_LOOKED_THROUGH))
+    if head.startswith(_PNG):
         return b"acTL" not in head
     if is_webp(head):
         return not (head[12:16] == b"VP8X" and head[20] & 2)
-    is_bitmap = head.startswith(b"BM") and head[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")
-    is_netpbm = re.match(rb"P[1-6]\s", head) is not None
-    return head.startswith(_STILL_STARTS) or is_bitmap or is_netpbm or _brand(head) in _STILL_BRANDS
+    is_other = _BITMAP.match(head) is not None or _NETPBM.match(head) is not None
+    return head.startswith(_STILL_STARTS) or is_other or _brand(head) in _STILL_BRANDS
+
+
+def has_second(data: Data) -> bool:
+    """Whether a second picture of the same kind stands right behind a PNG, BMP or binary PNM picture (image2pipe)."""
+    content = head_of(data, _MOST_LOOKED_THROUGH)
+    end = _end_of_picture(content)
+    start = _PNG if content.startswith(_PNG) else content[:2]
+    return 0 < end < len(content) and content.startswith(start, end)
+
+
+def _end_of_picture(content: bytes) -> int:
+    """Return where a PNG, BMP or binary PNM picture ends, 0 where that is not told."""
+    if content.startswith(_PNG):
+        last = content.find(b"\0\0\0\0IEND", len(_PNG))
+        return 0 if last < 0 else last + 12
+    if content.startswith(b"BM"):
+        return int.from_bytes(content[2:6], "little")
+    if (header := _BITS.match(content)) is not None:
+        width, height = map(int, header.groups())
+        return header.end() + -(-width // 8) * height
+    if (header := _SAMPLES.match(content)) is not None:
+        kind, width, height, most = map(int, header.groups())
+        return header.end() + width * height * (3 if kind == 6 else 1) * (1 + (most > 255))
+    return 0
 
 
 def is_webp(head: bytes) -> bool:

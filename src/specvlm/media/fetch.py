@@ -35,7 +35,8 @@ def located(source: Any, config: VideoConfig) -> Iterator[tuple[str, Data]]:
         data = bytes(source)
         yield _checked(f"<{len(data)} bytes>", data), data
     elif hasattr(source, "read"):
-        name = str(getattr(source, "name", "<file object>"))
+        named = getattr(source, "name", None)  # a number for a descriptor, None for a temporary file
+        name = named if isinstance(named, str) else "<file object>"
         with _copied(name, config, lambda: _read_object(source, name)) as path:
             yield _checked(name, path), path
     elif not isinstance(source, str | os.PathLike):
@@ -201,7 +202,7 @@ def _read_object(source: BinaryIO, name: str) -> Iterator[bytes]:
     while True:
         try:
             chunk: Any = source.read(_CHUNK)
-        except (OSError, ValueError) as error:  # ValueError: it is closed
+        except Exception as error:  # whatever is closed, compressed, or on a network raises
             raise MediaError(f"{name} cannot be read ({line_of(error)}): pass an open binary file") from error
         if not isinstance(chunk, bytes | bytearray | memoryview):
             kind = "text" if isinstance(chunk, str) else f"a {type(chunk).__name__}"

@@ -20,6 +20,7 @@ from specvlm.config import DEFAULT_FPS, VideoConfig
 from specvlm.errors import MediaError
 
 MAX_FRAME_BYTES = 16 << 30
+_MOST_TIMES = 10_000_000  # at which frames in memory are looked for
 
 
 class MediaWarning(UserWarning):
@@ -52,6 +53,7 @@ def still(pixels: Tensor, config: VideoConfig, kind: str) -> Frames:
 def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
     """Return the part and the share of the frames that the config asks for; loading twice changes nothing."""
     _check_frames(frames)
+    frames = replace(frames, seconds=frames.seconds.detach().double())
     if kind == "image":
         return replace(one_image(frames.pixels, "Frames"), seconds=frames.seconds, fps=frames.fps)
     seconds, last = frames.seconds.cpu().numpy(), float(frames.seconds[-1])
@@ -62,6 +64,9 @@ def from_frames(frames: Frames, config: VideoConfig, kind: str) -> Frames:
     fps = frames.fps
     wanted = None if config.fps is None else max(config.fps, (config.min_frames or 0) / (end - config.start))
     if wanted is not None and wanted < fps * (1 - 1e-6):
+        if (end - config.start) * wanted > _MOST_TIMES:
+            problem = f"Frames: {end - config.start:g} s at fps={wanted:g} are more than {_MOST_TIMES:,} times"
+            raise MediaError(f"{problem}: give fewer (fps, start, end, num_frames)")
         times = regular(config.start, end, wanted, slack=1e-6)
         index, fps = np.maximum(np.searchsorted(seconds, times + 1e-6, "right") - 1, first), wanted
     thin = _thinned(len(index), config)
@@ -83,6 +88,8 @@ def _check_frames(frames: Frames) -> None:
     if not isinstance(seconds, Tensor) or seconds.shape != pixels.shape[:1] or not seconds.is_floating_point():
         shown = list(seconds.shape) if isinstance(seconds, Tensor) else type(seconds).__name__
         raise MediaError(f"Frames.seconds is {shown}: give one float of seconds a frame, [{len(pixels)}]")
+    if (fault := _not_plain(seconds)) is not None:
+        raise MediaError(f"Frames.seconds is {fault}: give a dense tensor with data")
     is_rising = bool(seconds.isfinite().all()) and bool((seconds.diff() >= 0).all())
     if not is_rising:
         raise MediaError("Frames.seconds must be finite and ascending: sort the frames by their times")
@@ -94,7 +101,8 @@ def _check_frames(frames: Frames) -> None:
 
 def from_array(array: Array | Tensor, config: VideoConfig, kind: str) -> Frames:
     """Return raw frames [T, H, W, 3] or [T, 3, H, W], or a raw image without the T, as Frames."""
-    name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} of shape {list(array.shape)}"
+    shape = "nested shape" if isinstance(array, Tensor) and array.is_nested else f"shape {list(array.shape)}"
+    name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} of {shape}"
     if kind == "image":
         return one_image(as_pixels(array, name, axes=array.ndim), name)
     pixels = as_pixels(array, name, axes=4)
@@ -106,9 +114,8 @@ def as_pixels(array: Array | Tensor, name: str, *, axes: int) -> Tensor:
     """Return uint8 pixels [..., 3, H, W] (contiguous; a tensor stays on its device)."""
     if array.dtype not in (np.uint8, torch.uint8):
         raise MediaError(f"{name} has dtype {array.dtype}: pixels must be uint8, 0 to 255 (floats: (x * 255).round())")
-    if isinstance(array, Tensor) and (array.layout != torch.strided or array.device.type == "meta"):
-        stored = "on the meta device" if array.device.type == "meta" else str(array.layout).removeprefix("torch.")
-        raise MediaError(f"{name} is {stored} and holds no plain pixels: pass a dense tensor with data")
+    if isinstance(array, Tensor) and (fault := _not_plain(array)) is not None:
+        raise MediaError(f"{name} is {fault} and holds no plain pixels: pass a dense tensor with data")
     if isinstance(array, np.ma.MaskedArray):
         raise MediaError(f"{name} is masked: fill it first (.filled(0))")
     shape = tuple(array.shape)
@@ -120,6 +127,15 @@ def as_pixels(array: Array | Tensor, name: str, *, axes: int) -> Tensor:
     if isinstance(array, np.ndarray):
         array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return (array.movedim(-1, -3) if shape[-1] == 3 else array).contiguous()
+
+
+def _not_plain(tensor: Tensor) -> str | None:
+    """Return why a tensor's values cannot be read, None if they can."""
+    if tensor.device.type == "meta":
+        return "on the meta device"
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def one_image(pixels: Tensor, name: str) -> Frames:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from specvlm.errors import MediaError
-from specvlm.media.content import described, line_of
+from specvlm.media.content import described, has_second, line_of
 from specvlm.media.frames import Data, MediaWarning, check_size
 
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -34,6 +34,9 @@ def read_image(name: str, data: Data, *, as_video: bool = False) -> Tensor:
             pages = getattr(image, "n_frames", 1)
             if as_video and image.format == "TIFF" and pages > 1:
                 text = f"{name} has {pages} pages, of which the first is read: pass them as a list of images"
+                warnings.warn(text, MediaWarning, stacklevel=4)
+            elif as_video and has_second(data):
+                text = f"{name} has more pictures behind the first, which alone is read: pass them as a list of images"
                 warnings.warn(text, MediaWarning, stacklevel=4)
             return _rgb(image, name, is_file=True)
     except UnidentifiedImageError as error:
