@@ -163,8 +163,8 @@ def test_progress_is_shown_on_a_terminal_and_gone_before_the_text(clip, monkeypa
     shown = both.getvalue().split("\r")
     steps = [line.strip() for line in shown if line.strip().endswith("...")]
     assert [step.split()[0] for step in steps] == ["loading", "loading", "loading", "reading", "encoding", "prefilling"]
-    assert shown[-2].isspace()
-    assert shown[-1] == SpecVLM.from_pretrained(TARGET).generate(clip, max_new_tokens=12).text + "\n"
+    text = SpecVLM.from_pretrained(TARGET).generate(clip, max_new_tokens=12).text
+    assert both.getvalue().endswith(f" \r{text}\n")
 
 
 def test_quiet_shows_no_progress(clip, monkeypatch, capsys):
@@ -184,7 +184,7 @@ def test_defaults_run_the_bundled_pair_without_a_word_on_stderr(tmp_path):
     assert content["config"].pop("models")["draft"] == bundled("draft")
     wanted = EngineConfig().replace(num_frames=2, max_new_tokens=4, repetition_penalty=1.0)
     assert content["config"] == json.loads(json.dumps(asdict(wanted)))
-    assert content["speculation"]["drafted_tokens"] > 0
+    assert content["usage"]["completion_tokens"] == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -323,7 +323,7 @@ def test_inspect_lights_the_kept_cells(run, clip, tmp_path, options):
     assert (code, err) == (0, "")
     settings = {"keep_ratio": 0.3} if len(options) == 2 else {"pruner": "uniform", "keep_tokens": 5}
     pair = SpecVLM.from_pretrained(TARGET, draft=PAIR[3], max_new_tokens=4, **settings)
-    request = pair.request(clip)
+    request = pair.request(clip, tree="chain:2")  # which is drafted, however short the answer
     pair.generate_request(request)
     assert content["keep"] == request.keep.tolist()
     assert (content["video"], content["prompt"]) == ("clip.mp4", DEFAULT_PROMPT)

@@ -14,7 +14,7 @@ from conftest import load
 
 from specvlm import ConfigError, SpecVLM, UnsupportedModel, growth, policy, prune, reference, tree, verify
 from specvlm.account import Seconds
-from specvlm.draft import DRAFTERS, Context, create
+from specvlm.draft import DRAFTERS, Context, Drafter, create
 from specvlm.engine import _first_score_row
 from specvlm.errors import CapacityError
 from specvlm.model import VideoLM
@@ -176,8 +176,8 @@ def test_a_request_runs_once():
     [
         ({"role": "user"}, "content=None"),
         ({"content": "hi"}, "a role and a content"),
-        ({"role": "user", "content": ["hi"]}, "part of type None"),
-        ({"role": "user", "content": [{"text": "hi"}]}, "part of type None"),
+        ({"role": "user", "content": ["hi"]}, "a message part is an object with a type"),
+        ({"role": "user", "content": [{"words": "hi"}]}, "content\\[0\\]"),
         ({"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, "part of type 'audio'"),
         ({"role": "user", "content": [{"type": "video"}]}, "names no video"),
     ],
@@ -242,6 +242,7 @@ def test_scores_are_the_eager_attention_of_the_text_rows(pair, eager):
             out = hf(
                 input_ids=start.inputs.input_ids[None],
                 **start.inputs.model_kwargs,
+                position_ids=prompt.positions,
                 output_attentions=True,
                 use_cache=False,
             )
@@ -506,13 +507,13 @@ def test_a_prefill_says_what_it_has_no_room_for(pair):
 
 
 def test_a_draft_of_too_many_nodes_is_named(pair, monkeypatch):
-    class Wide(DRAFTERS["none"]):
+    class Wide(Drafter):
         def propose(self, token, drafted):
             return verify.Draft.of([0] * 200, [-1] * 200)
 
     monkeypatch.setitem(DRAFTERS, "wide", Wide)
-    with pytest.raises(ConfigError, match="200 drafted nodes are too many: a pass verifies at most 127"):
-        ask(pair, drafter="wide")
+    with pytest.raises(ConfigError, match="200 nodes are more than 127"):
+        ask(pair, drafter="wide", tree="chain:1")
 
 
 def test_a_seed_repeats_a_sampled_text(pair):
@@ -527,7 +528,9 @@ def test_the_account_adds_up(pair):
     assert account.accepted_tokens == sum(account.accepted_per_depth)
     assert account.mean_accepted_length == account.accepted_tokens / account.rounds
     assert account.acceptance_length == account.mean_accepted_length + 1
-    assert account.target_passes + account.accepted_tokens == usage.completion_tokens == LENGTH
+    is_cut = account.target_passes + account.accepted_tokens - LENGTH  # a bonus token beyond the length is none
+    assert is_cut in (0, 1)
+    assert usage.completion_tokens == LENGTH
     assert usage.kept_visual_tokens == round(0.25 * usage.visual_tokens)
     seconds = answer.seconds.to_dict()
     assert all(value > 0 for stage, value in seconds.items() if stage not in ("calibrate", "capture"))
@@ -551,7 +554,7 @@ def test_a_stage_within_a_stage_is_counted_once(monkeypatch):
 
 
 def test_a_prompt_beyond_the_context_is_refused(pair):
-    with pytest.raises(CapacityError, match=r"exceed the context of 4096 tokens: read fewer frames"):
+    with pytest.raises(CapacityError, match=r"exceed the context of 4096 tokens .* \(max_new_tokens=\d+ would fit\)"):
         ask(pair, max_new_tokens=4096)
 
 
@@ -568,11 +571,11 @@ def test_a_draft_that_sees_videos_differently_is_refused(family, monkeypatch):
 
 def test_a_hub_ids_processor_files_are_read(tmp_path):
     """A checkpoint in an offline Hugging Face cache has the settings of its own files, not the classes' defaults."""
-    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "0123"
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / ("0123" * 10)  # a commit
     snapshot.parent.mkdir(parents=True)
     shutil.copytree(tiny.checkpoint("qwen2_5_vl", "draft"), snapshot)
     (tmp_path / "hub" / "models--acme--tiny" / "refs").mkdir()
-    (tmp_path / "hub" / "models--acme--tiny" / "refs" / "main").write_text("0123")
+    (tmp_path / "hub" / "models--acme--tiny" / "refs" / "main").write_text("0123" * 10)
     code = "from specvlm.model import VideoLM; print(VideoLM.from_pretrained('acme/tiny').family.settings['video'])"
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -109,7 +109,7 @@ def test_the_command_proves_clips_or_data(argv, capsys):
     assert cli.main([*common, clip, clip, "--prompt", "What?"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.startswith(f"{clip}: ") for line in out] == [True, True, False]
-    assert out[-1] == "lossless (float32): yes, 2 questions"
+    assert out[-1] == "lossless (float32): yes, 2 of 2 questions"
     assert cli.main([*common, "--data", data, "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -122,15 +122,15 @@ def test_a_video_that_cannot_be_read_and_a_part_of_one(argv, tmp_path, capsys):
     common, clip, data = argv
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
-    assert cli.main([*common, str(bad), clip, "--json"]) == 1
+    assert cli.main([*common, str(bad), clip, "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
-    assert [proof["lossless"] for proof in found["proofs"]] == [False, True]
+    assert [proof["lossless"] for proof in found["proofs"]] == [None, True]
     assert "bad.mp4" in found["proofs"][0]["failure"]
     (tmp_path / "d.jsonl").write_text('{"id": 7, "video": "a.mp4", "prompt": "What?", "start": 500}\n')
-    assert cli.main([*common, "--data", data]) == 1
+    assert cli.main([*common, "--data", data]) == 2
     out = capsys.readouterr().out
     assert "7: not answered, " in out
-    assert out.endswith("lossless (float32): NO, 1 questions, 1 not answered\n")
+    assert out.endswith("lossless (float32): unknown, 0 of 1 questions, 1 not answered\n")
 
 
 def test_a_difference_is_exit_status_1(argv, capsys, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_difference_is_exit_status_1(argv, capsys, monkeypatch):
     assert cli.main([*common, clip]) == 1
     out = capsys.readouterr().out
     assert "plain and generate(): DIFFERS first at token 0" in out
-    assert out.endswith("lossless (float32): NO, 1 questions\n")
+    assert out.endswith("lossless (float32): NO, 1 of 1 questions\n")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def test_every_code_counts_with_its_own_input(format):
     for first in range(0, inputs, 32):
         x = torch.zeros(min(32, inputs - first), inputs, device=DEVICE, dtype=SINGLE)
         x[torch.arange(len(x)), first + torch.arange(len(x))] = 1
-        assert_close(run(x, weight, plan=PLAN).float(), dense[:, first : first + 32].T, rtol=1e-3, atol=0)
+        atol = 6e-8 if SINGLE == torch.float16 else 0.0  # the step between the smallest halves
+        assert_close(run(x, weight, plan=PLAN).float(), dense[:, first : first + 32].T, rtol=1e-3, atol=atol)
 
 
 def test_rows_may_be_slices_and_nothing_beside_them_is_read():

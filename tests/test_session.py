@@ -151,13 +151,10 @@ class Cuda:
         self.current = before
 
     def Stream(self, device=None):
-        return SimpleNamespace(device=device or self.current, wait_stream=lambda other: None)
+        return SimpleNamespace(device=device or self.current)
 
     def stream(self, stream):
         return self.device(stream.device)
-
-    def current_stream(self, device=None):
-        return self.Stream(device)
 
     def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
         self.default_capture_stream = self.default_capture_stream or self.Stream()
@@ -170,6 +167,7 @@ class Cuda:
 
 def test_graphs_of_two_devices_are_captured_each_on_its_own(monkeypatch):
     cuda, ran = Cuda(), []
+    graphs._capture_stream.cache_clear()
     monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda))
     for device in map(torch.device, ("cuda:0", "cuda:1", "cuda:0", "cuda:1")):
         graph = graphs.Graph(lambda: ran.append(cuda.current), "pool", device)

@@ -546,13 +546,13 @@ def test_a_cell_that_fails_is_recorded_and_the_run_goes_on(tmp_path, capsys, mon
 def test_an_interrupted_run_keeps_what_it_had(tmp_path, capsys, monkeypatch):
     usual, out = speed._prefill, tmp_path / "speed.jsonl"
 
-    def prefill(model, visual_tokens, sweep):
-        if visual_tokens == 128:
+    def prefill(model, shown, sweep):
+        if shown.visual_tokens == 128:
             assert len(out.read_text().splitlines()) == 2  # a killed run would keep them
             raise KeyboardInterrupt
-        if visual_tokens == 32:
+        if shown.visual_tokens == 32:
             raise torch.OutOfMemoryError("no room")
-        return usual(model, visual_tokens, sweep)
+        return usual(model, shown, sweep)
 
     monkeypatch.setattr(speed, "_prefill", prefill)
     args = [*TINY, "--methods", "plain", "--visual-tokens", "32,64,128", "--out", str(out)]

@@ -63,12 +63,11 @@ class Graph(Generic[T]):
 
     def __init__(self, run: Callable[[], T], pool: Any, device: torch.device) -> None:
         with _capturing, on(device):
-            side = _capture_stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                run()  # compiles kernels and lets libraries allocate what must not be allocated in a capture
-            torch.cuda.current_stream(device).wait_stream(side)
+            # Compiles kernels and lets libraries allocate what must not be allocated in a capture; on the stream of all
+            # other work, with which it shares the kernels' workspaces.
+            run()
             self._graph = torch.cuda.CUDAGraph()
+            side = _capture_stream(device)
             with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._output = run()
 

@@ -59,7 +59,7 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
         checks = [asdict(check) | ({"is_tie": check.is_tie} if isinstance(check, Tie) else {}) for check in self.found]
-        verdict = {"lossless": self.is_lossless, "failure": self.failure}
+        verdict = {"lossless": None if self.failure else self.is_lossless, "failure": self.failure}
         return {"name": self.name, "tokens": self.num_tokens, **verdict, "checks": checks}
 
     def text(self) -> str:

@@ -204,10 +204,11 @@ def _workspace(device: torch.device) -> _Workspace:
     """Return the device's workspace, which graphs hold on to by address, so that it is never freed or moved."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ConfigError("run specvlm.kernels.linear.linear once on this device before a CUDA graph is captured")
-    return _Workspace(
-        partial=torch.empty(_PARTIAL_FLOATS, dtype=torch.float32, device=device),
-        arrivals=torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device),
-    )
+    with torch.inference_mode(False):  # whoever asks first, all may write into it
+        return _Workspace(
+            partial=torch.empty(_PARTIAL_FLOATS, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device),
+        )
 
 
 @cache
