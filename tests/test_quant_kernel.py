@@ -180,7 +180,7 @@ def test_every_code_counts_with_its_own_input(format):
     for first in range(0, inputs, 32):
         x = torch.zeros(min(32, inputs - first), inputs, device=DEVICE, dtype=SINGLE)
         x[torch.arange(len(x)), first + torch.arange(len(x))] = 1
-        atol = 6e-8 if SINGLE == torch.float16 else 0.0  # the step between the smallest halves
+        atol = 6e-8 if torch.cuda.is_available() else 0.0  # halves there: the step between the smallest
         assert_close(run(x, weight, plan=PLAN).float(), dense[:, first : first + 32].T, rtol=1e-3, atol=atol)
 
 
