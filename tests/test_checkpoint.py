@@ -182,6 +182,17 @@ def test_names_of_every_age(copy, family):
     assert equals(load(folder), load(tiny.checkpoint(family)))
 
 
+def test_integers_without_a_quantisation_are_refused(copy, refused):
+    folder = copy()
+    weights = load_file(SOURCE / WEIGHTS)
+    key = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
+    put(folder, WEIGHTS, None)
+    save_file(weights | {key: weights[key].to(torch.int8)}, folder / WEIGHTS, metadata={"format": "pt"})
+    line = refused(folder)
+    assert f"1 weights are integers ({key})" in line
+    assert "no quantization_config" in line
+
+
 def test_tied_weights_may_be_left_out(copy):
     folder, config = copy(), json.loads((SOURCE / "config.json").read_text())
     put(folder, WEIGHTS, None)

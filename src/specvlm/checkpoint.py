@@ -125,6 +125,7 @@ class Checkpoint:
         files = [directory / file for file in _weight_files(self.name, directory)]
         headers = {key: weight for file in files for key, weight in _header(file).items()}
         if not self.is_quantised:
+            _refuse_integers(self.name, headers)
             _check_room(self.name, headers, place, dtype)
             self._refuse_other_weights(self._load(None, torch.device("meta"), dtype, headers)[1])
         model, info = self._load(self.directory, place, dtype)
@@ -359,9 +360,24 @@ def _header(path: Path) -> dict[str, Tensor]:
             found: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True)
             return found
         with safe_open(path, "pt") as file:
-            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+            found = {}
+            for key in file.keys():  # noqa: SIM118
+                weight = file.get_slice(key)
+                dtype = torch.float32 if "F" in weight.get_dtype() else torch.int8  # no more is asked of it
+                found[key] = torch.empty(weight.get_shape(), dtype=dtype, device="meta")
+            return found
     except Exception as error:
         raise UnsupportedModel(f"{path} cannot be read ({_said(error)}): fetch the file again") from error
+
+
+def _refuse_integers(name: str, headers: Mapping[str, Tensor]) -> None:
+    """Refuse quantised weights of which the config says nothing: transformers would take the integers as they are."""
+    found = [key for key, weight in headers.items() if not weight.is_floating_point() and key.endswith(".weight")]
+    if found:
+        raise UnsupportedModel(
+            f"cannot load {name}: {len(found)} weights are integers ({_some(found)}) and its config.json has no "
+            "quantization_config: add it, or fetch weights that are not quantised"
+        )
 
 
 def _check_room(name: str, headers: Mapping[str, Tensor], place: torch.device, dtype: torch.dtype) -> None:
