@@ -262,7 +262,7 @@ def test_decisions_are_explained_by_stretches():
 
 
 def test_formats_are_those_of_the_kernels():
-    assert quant.FORMATS == ("fp8", "int8", "int4")
+    assert quant.QUANTS == ("fp8", "int8", "int4")
 
 
 @pytest.mark.parametrize("spec", ["dynamic:127:16", "chain:100"])

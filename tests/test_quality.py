@@ -549,7 +549,7 @@ def test_a_pruner_from_a_file_is_ranked_beside_the_others(tmp_path, monkeypatch)
         (["--keep-ratios", "1,x"], "keep_ratios='1,x' is not allowed"),
         (["--keep-ratios", "2", "--methods", "verifier"], "keep_ratio=2.0 is not allowed"),
         (["--method", "mine", "tree=oak"], "tree='oak'"),
-        (["--load", "nowhere.py"], "nowhere.py failed (FileNotFoundError"),
+        (["--load", "nowhere.py"], "nowhere.py cannot be read (No such file or directory)"),
         (["--pruner", "uniform"], "unknown argument '--pruner'"),
         (["--preset", "oak"], "preset='oak' is unknown"),
         (["--limit", "0"], "limit=0 is not allowed"),

@@ -22,7 +22,6 @@ from specvlm.kernels import linear as streaming
 from specvlm.kernels import quant as module
 from specvlm.kernels.linear import linear
 from specvlm.kernels.quant import (
-    FORMATS,
     Around,
     QuantPlan,
     dequantize,
@@ -36,6 +35,7 @@ from specvlm.kernels.quant import (
     squares_of,
     stream_quant,
 )
+from specvlm.names import QUANTS
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SINGLE = torch.float16 if torch.cuda.is_available() else torch.float32
@@ -85,13 +85,13 @@ def test_the_loss_on_normal_weights_is_that_of_the_steps(format, low, high):
 def test_fp8_errs_by_half_a_step_of_each_weight_and_int8_of_the_largest():
     weight = draw(64, 328)
     largest = weight.abs().amax(1, keepdim=True)
-    error = {format: (dequantize(quantize(weight, format), torch.float32) - weight).abs() for format in FORMATS}
+    error = {format: (dequantize(quantize(weight, format), torch.float32) - weight).abs() for format in QUANTS}
     smallest = largest / 448 * 2**-10  # half of the step of numbers below e4m3's least normal one
     assert (error["fp8"] <= torch.maximum(weight.abs() * 2**-4, smallest) * 1.001).all()
     assert (error["int8"] <= largest / 127 / 2 * 1.001).all()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 def test_representable_weights_come_back_exactly(format):
     if format == "fp8":
         codes = torch.arange(256, dtype=torch.uint8)
@@ -105,7 +105,7 @@ def test_representable_weights_come_back_exactly(format):
     assert torch.equal(dequantize(packed(weight, format), torch.float32), weight)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 def test_zero_weights_stay_zero_and_one_large_row_harms_no_other(format):
     weight = draw(6, 300)
     weight[2], weight[3] = 0, weight[3] * 1e4
@@ -128,9 +128,9 @@ def test_int4_scales_are_chosen_for_each_group_and_beat_the_largest_weight():
 
 def test_quantising_in_chunks_changes_nothing(monkeypatch):
     weight = draw(37, 300)
-    whole = {format: quantize(weight, format) for format in FORMATS}
+    whole = {format: quantize(weight, format) for format in QUANTS}
     monkeypatch.setattr(module, "_CHUNK", 5 * 512)
-    for format in FORMATS:
+    for format in QUANTS:
         parts = quantize(weight, format)
         assert torch.equal(parts.data, whole[format].data)
         assert torch.equal(parts.scales, whole[format].scales)
@@ -150,7 +150,7 @@ def test_unknown_formats_are_refused():
 # --- the product ---
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize("shape", SHAPES)
 # rows, programs (1000: a tile for each), x as the left factor
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_kernel_equals_the_reference(format, shape, rows, programs, x_left):
         assert_close(run(x, weight, bias, plan=plan).float(), expected + bias.float(), **CLOSE)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 def test_every_code_counts_with_its_own_input(format):
     """One input at a time: the product is a column of the weight."""
     inputs = 300
@@ -195,7 +195,7 @@ def test_rows_may_be_slices_and_nothing_beside_them_is_read():
         )
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_dequantising_kernel_equals_the_reference(format, shape):
     weight = packed(draw(*shape), format)
@@ -206,7 +206,7 @@ def test_the_dequantising_kernel_equals_the_reference(format, shape):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 33, 200])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 def test_linear_takes_a_quantised_weight(format, rows, monkeypatch):
     monkeypatch.setattr(module, "_DENSE_CHUNK", 30 * 48)  # the dequantised product goes in three parts
     weight = quantize(draw(70, 48, seed=1) / 7, format)
@@ -224,7 +224,7 @@ def test_linear_takes_a_quantised_weight(format, rows, monkeypatch):
 
 def test_the_cpu_serves_int8_only():
     cpu = torch.device("cpu")
-    assert [is_served(format, cpu) for format in FORMATS] == [False, True, False]
+    assert [is_served(format, cpu) for format in QUANTS] == [False, True, False]
     assert quantize(torch.randn(3, 5), "int8").data.shape == (3, 5)
 
 
@@ -303,7 +303,7 @@ def test_the_assembly_makes_the_number_of_every_code(format, bits, dtype):
         assert torch.equal(found[known], expected[known])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 26, 32, 33, 64])
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(3584, 3584), (37888, 3584), (5120, 27648), (152064, 5120), (896, 896)]
@@ -326,7 +326,7 @@ def test_plans_fit_the_chip_and_keep_it_busy(format, rows, outputs, inputs):
 # --- what surrounds a product ---
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize(("rows", "left"), [(1, False), (5, False), (8, False), (13, True)])
 @pytest.mark.parametrize("programs", [1, 3, 7])
 def test_norm_sum_and_gate_are_parts_of_the_product(format, rows, left, programs):
@@ -426,7 +426,7 @@ def test_for_a_gpu_codes_go_straight_to_the_tensor_cores_registers(format, rows,
     assert compiled["shared"] <= (227 * 1024 if share == 1 else 113 * 1024 if tma else 99 * 1024)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize("rows", [1, 8, 16, 26, 32])
 class TestGPU:
     pytestmark = ON_GPU

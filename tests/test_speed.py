@@ -811,7 +811,7 @@ def test_an_answer_that_fails_is_recorded_and_the_others_go_on(monkeypatch):
         (["--clips", "x.mp4"], "clips='x.mp4' is not allowed for planted pairs: give --target and --draft"),
         (["--target", "x", "--draft", "y", "--clips", "x.mp4"], "'x.mp4' does not exist"),
         (["--target", "x", "--draft", "y", "--clips", "x.mp4", "--visual-tokens", "9"], "not allowed beside --clips"),
-        (["--device", "abacus"], "device='abacus' is not available"),
+        (["--device", "abacus"], "device='abacus' is not served"),
         (["--from", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     ],
 )

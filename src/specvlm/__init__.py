@@ -1,14 +1,15 @@
 """Lossless speculative decoding for video language models."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from specvlm.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfig, VideoConfig
-from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
-
+TYPE_CHECKING = False  # as in typing, whose import takes 10 ms in which Ctrl-C would be a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from specvlm.account import Generation
+    from specvlm.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfig, VideoConfig
     from specvlm.engine import Round, SpecVLM
+    from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
     from specvlm.media import Frames
     from specvlm.prune import pruner
     from specvlm.request import Request
@@ -34,19 +35,36 @@ __all__ = [
     "pruner",
 ]
 
-_HEAVY = {  # names whose module imports torch: 3 to 5 seconds, which `specvlm --help` need not wait for
+_HOMES = {  # modules are imported when a name is first asked for: some need torch, which takes 3 to 5 seconds
+    "CapacityError": "errors",
     "Chunk": "text",
+    "ConfigError": "errors",
+    "DraftConfig": "config",
+    "EngineConfig": "config",
     "Frames": "media",
     "Generation": "account",
+    "MediaError": "errors",
+    "PruneConfig": "config",
     "Request": "request",
     "Round": "engine",
+    "SamplingConfig": "config",
     "SpecVLM": "engine",
+    "SpecVLMError": "errors",
+    "UnsupportedModel": "errors",
+    "VideoConfig": "config",
     "pruner": "prune",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for."""
-    if name not in _HEAVY:
+    """Import the module of a public name."""
+    from importlib import import_module
+
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names beside the others: what is imported late is not among the module's own yet."""
+    return sorted({*globals(), *__all__})

@@ -1,16 +1,19 @@
 """`python -m specvlm`, and the program `specvlm`, are the command line."""
 
-import signal
-import sys
-from typing import NoReturn
+from __future__ import annotations
+
+from specvlm.interrupts import leave_on_interrupt
+
+TYPE_CHECKING = False  # as in typing, which is imported once Ctrl-C is a line
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def run() -> NoReturn:
     """Run the command line and leave with its exit status."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        from specvlm.console import leave_on_interrupt
+    leave_on_interrupt()
+    import sys
 
-        leave_on_interrupt()
     from specvlm.cli import main
 
     sys.exit(main())

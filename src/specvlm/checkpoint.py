@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,11 +26,11 @@ from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
+from specvlm import checks
 from specvlm.errors import CapacityError, ConfigError, SpecVLMError, UnsupportedModel, one_line
 from specvlm.families import Family, family_for
 from specvlm.media import Frames
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint on the hub: all files but the weights
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers' order; each may be an index of several files
@@ -218,13 +217,10 @@ def _said(error: BaseException) -> str:
 
 def _located(name: str) -> str:
     """Return the folder of a directory or hub id; of the latter, all but the weights are fetched."""
+    checks.checkpoint(name)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return path
-    if os.path.lexists(path):
-        raise UnsupportedModel(f"{name} is no directory: give the Hugging Face directory that holds the model")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise UnsupportedModel(f"there is no directory {name}: give a Hugging Face directory or hub id (owner/name)")
     try:
         return snapshot_download(name, allow_patterns=list(_TEXTS))
     except Exception as error:

@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specvlm import console, sources
+from specvlm import checks, console, sources
 from specvlm.bench import commands as bench_commands
 from specvlm.config import EngineConfig
 from specvlm.errors import Advice, CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
-from specvlm.options import PARTS, Parser, add_data, add_load, add_model, add_settings, given, load, read_data
+from specvlm.interrupts import INTERRUPTED
+from specvlm.options import PARTS, Parser, add_data, add_load, add_model, add_settings, check, given, load, read_data
 from specvlm.status import Status, quiet_libraries
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(console.not_written(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", console.INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except console.Terminated as error:
         return error.status
     finally:
@@ -194,12 +195,16 @@ def _asked(args: argparse.Namespace) -> tuple[str | bytes | list[str | bytes], s
         problem = f"{missing[0]!r} is no video that exists, nor the question, which {(prompt or words[-1])!r} would be"
         raise MediaError(f"{problem}: check the path, and quote the question or give it with -p; see specvlm "
                          f"{args.command} --help")  # fmt: skip
-    if gone := [word for word in words if not (word == "-" or _is_url(word) or os.path.exists(word))]:
-        raise MediaError(f"{gone[0]!r} does not exist: check the path")
+    _refuse_missing(words)
     if words.count("-") > 1:
         raise ConfigError("'-' is stdin, which holds one file: give it once")
     found = [_stdin(args) if word == "-" else word for word in words]
     return found if len(found) > 1 else found[0], prompt
+
+
+def _refuse_missing(words: Sequence[str]) -> None:
+    if gone := [word for word in words if not (word == "-" or _is_url(word) or os.path.exists(word))]:
+        raise MediaError(f"{gone[0]!r} does not exist: check the path")
 
 
 def _is_url(word: str) -> bool:
@@ -312,21 +317,23 @@ def _ties(args: argparse.Namespace, status: Status, question: Request, model: Sp
 
 
 def _verify(args: argparse.Namespace, status: Status) -> int:
-    from specvlm import lossless
-
     if args.words:
         for name in ("data", "data_dir", "ask", "limit"):
             if getattr(args, name) is not None:
                 raise ConfigError(
                     f"{name}={getattr(args, name)!r} is not allowed beside a VIDEO: leave one of them out"
                 )
+        _refuse_missing(args.words)
         samples: list[tuple[str, Any, str | None, Any]] = [(name, name, args.prompt, {}) for name in args.words]
     else:
         if args.prompt is not None:
             raise ConfigError(f"prompt={args.prompt!r} is not allowed without a VIDEO: name one")
+        check(args)  # the bundled clips are read with torch
         found = read_data(args, status).samples
         samples = [(sample.id, sample.video, sample.prompt, sample.settings) for sample in found]
     model, proofs = load(args, status), []
+    from specvlm import lossless
+
     for name, source, prompt, settings in samples:
         try:
             with memory_errors():
@@ -351,6 +358,11 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
 
 
 def _report(args: argparse.Namespace, status: Status) -> int:
+    from specvlm.bench import journal
+
+    for directory in args.directories:
+        journal.file_in(directory)
+    checks.folder_to_write(args.output or args.directories[0])
     from specvlm.bench import report
 
     found = report.build(args.directories, args.output or args.directories[0])

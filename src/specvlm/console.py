@@ -12,8 +12,8 @@ from types import FrameType
 from typing import NoReturn
 
 from specvlm.errors import ConfigError, one_line
+from specvlm.interrupts import leave
 
-INTERRUPTED = 130
 _LONGEST_WORD = 400  # a number of 5,000 digits is no message
 _NOT_WRITTEN = {
     errno.EPIPE: "stdout was closed before all was written: read it to its end",
@@ -62,18 +62,13 @@ def not_written(error: OSError) -> str:
     return _NOT_WRITTEN.get(error.errno or 0) or one_line(error)
 
 
-def leave_on_interrupt() -> None:
-    """Let Ctrl-C end the program at once, in one line: while libraries load, an exception could end up anywhere."""
-    signal.signal(signal.SIGINT, _leave)
-
-
 def raise_on_signals() -> None:
     """Let Ctrl-C, a request to end and a closed terminal become exceptions, so that nothing is left behind.
 
     Signals that this process was told to ignore stay ignored; in a thread other than the main one nothing changes.
     """
     with suppress(ValueError):
-        if signal.getsignal(signal.SIGINT) is _leave:
+        if signal.getsignal(signal.SIGINT) is leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -90,9 +85,3 @@ def restore_signals() -> None:
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
     raise Terminated(number)
-
-
-def _leave(_: int, __: FrameType | None) -> NoReturn:
-    with suppress(OSError):
-        os.write(2, b"specvlm: interrupted\n")
-    os._exit(INTERRUPTED)

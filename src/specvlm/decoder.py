@@ -66,7 +66,7 @@ class Decoder:
         """Return a decoder with weight-only quantised products and the other weights shared.
 
         Args:
-            format: one of `specvlm.kernels.quant.FORMATS`.
+            format: one of `specvlm.names.QUANTS`.
         """
         other = copy.copy(self)
         other._layers = [_quantised(layer, format) for layer in self._layers]

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specvlm import attention, policy, tree, verify
+from specvlm import attention, checks, policy, tree, verify
 from specvlm.account import Seconds
 from specvlm.config import DraftConfig, PruneConfig, SamplingConfig, shown
 from specvlm.errors import ConfigError, SpecVLMError, one_line
@@ -131,12 +131,8 @@ def check(config: DraftConfig) -> None:
         ConfigError: there is no drafter of that name (the known are listed), no such tree or no such policy, or one
             pass cannot verify the tree and the looked-up tokens.
     """
-    if config.drafter not in DRAFTERS:
-        raise ConfigError(f"drafter={shown(config.drafter)} is not allowed: known are {', '.join(sorted(DRAFTERS))}")
-    most = tree.MAX_NODES - len(tree.parse(config.tree))
-    if config.lookup_tokens > most:
-        allowed = f"at most {most} beside tree={shown(config.tree)}: a pass verifies {tree.MAX_NODES}"
-        raise ConfigError(f"lookup_tokens={config.lookup_tokens} is not allowed: {allowed}")
+    checks.known("drafter", config.drafter, DRAFTERS)
+    checks.drafting(config)
     if config.policy is not None:
         policy.check(config.policy)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from specvlm import attention
+from specvlm import attention, checks
 from specvlm.ambient import neutral
 from specvlm.checkpoint import Checkpoint, refusals
 from specvlm.config import shown
@@ -22,7 +22,8 @@ from specvlm.decoder import Decoder, Weight, is_supported
 from specvlm.errors import ConfigError, UnsupportedModel, one_line
 from specvlm.families import Family, Features, Inputs, Prompt
 from specvlm.graphs import Workspaces, on
-from specvlm.kernels.quant import FORMATS, is_served, quantize
+from specvlm.kernels.quant import is_served, quantize
+from specvlm.names import QUANTS
 from specvlm.plain import is_patched
 from specvlm.rows import Rows
 from specvlm.rules import Rules
@@ -178,7 +179,7 @@ class VideoLM:
         Vision tower, embeddings, norms and biases are shared. The head has 8 bits at least.
 
         Args:
-            format: one of `specvlm.kernels.quant.FORMATS`.
+            format: one of `specvlm.names.QUANTS`.
             keep_original: False frees the original's language layers, which can then not run any more.
 
         Raises:
@@ -272,6 +273,8 @@ def resolve_device(device: str) -> torch.device:
     """
     if not isinstance(device, str | torch.device):
         raise ConfigError(f"device={shown(device)} is not allowed: auto, cpu, cuda, or cuda:1 and so on")
+    if isinstance(device, str):
+        checks.device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -291,12 +294,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: it is unknown.
     """
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(dtype, str) and dtype == "auto":
+    checks.dtype(dtype)
+    if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not isinstance(dtype, str) or dtype not in names:
-        raise ConfigError(f"dtype={shown(dtype)} is not allowed: auto, {', '.join(names)}")
-    return names[dtype]
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def check_quant(format: str, device: torch.device) -> None:
@@ -305,10 +307,9 @@ def check_quant(format: str, device: torch.device) -> None:
     Raises:
         ConfigError: the formats that would do are named.
     """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ConfigError(f"draft_quant={shown(format)} is not allowed: {', '.join(FORMATS)}")
+    checks.quant(format)
     if not is_served(format, device):
-        served = [other for other in FORMATS if is_served(other, device)]
+        served = [other for other in QUANTS if is_served(other, device)]
         remedy = f"choose {' or '.join(served)}, or leave it out" if served else "leave it out"
         raise ConfigError(f"draft_quant={format!r} has no kernel for {device}: {remedy}")
 

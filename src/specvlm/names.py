@@ -4,7 +4,7 @@ What they name registers itself where it is written; a test holds both against e
 """
 
 PRUNERS = ("attention", "frame", "none", "random", "uniform", "verifier", "window")
-DRAFTERS = ("lookup", "model", "none", "self")
+DRAFTERS = {"model": True, "self": True, "lookup": False, "none": False}  # whether they see what a pruner keeps
 QUANTS = ("fp8", "int8", "int4")  # weight-only formats of a draft
 DTYPES = ("float32", "bfloat16", "float16")
 PEERS = ("transformers-eager", "transformers-static", "transformers-assisted")  # in bench speed

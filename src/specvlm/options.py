@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
-from specvlm import console
+from specvlm import checks, console
 from specvlm.config import EngineConfig, kind_of
 from specvlm.errors import ConfigError
 from specvlm.status import Status
@@ -104,8 +104,30 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     names = [setting.name for part in PARTS.values() for setting in fields(part)]
     found = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    EngineConfig().replace(**settings)
+    checks.settings(EngineConfig().replace(**settings), is_extended=bool(getattr(args, "load", ())))
     return settings
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused without torch, beside settings: models, devices, and files to be run.
+
+    Raises:
+        ConfigError: a value is not allowed, or a file cannot be read.
+        UnsupportedModel: a checkpoint does not exist.
+    """
+    for name in ("target", "draft"):
+        value = getattr(args, name, None)
+        if value is not None and not (name == "draft" and value == "self"):
+            checks.checkpoint(value)
+    for name in ("device", "draft_device"):
+        if hasattr(args, name):
+            checks.device(getattr(args, name), name)
+    if hasattr(args, "dtype"):
+        checks.dtype(args.dtype)
+    if hasattr(args, "draft_quant"):
+        checks.quant(args.draft_quant)
+    for file in getattr(args, "load", ()):
+        _content(file)
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
@@ -122,14 +144,20 @@ def run_files(files: Sequence[str]) -> dict[str, str]:
     """
     checksums = {}
     for file in files:
+        checksums[file] = hashlib.sha256(_content(file)).hexdigest()
         try:
-            checksums[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
             runpy.run_path(file)
-        except OSError as error:
-            raise ConfigError(f"{file} cannot be read ({error.strerror}): check the path") from error
         except (Exception, SystemExit) as error:
             raise ConfigError(f"{file} failed ({type(error).__name__}: {error}): mend it") from error
     return checksums
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{file} cannot be read ({problem}): check the path") from error
 
 
 def load(args: argparse.Namespace, status: Status) -> SpecVLM:
@@ -138,6 +166,7 @@ def load(args: argparse.Namespace, status: Status) -> SpecVLM:
     is_plain = args.settings.get("drafter") == "none"
     if is_plain and "draft" in options:
         raise ConfigError(f"draft={options['draft']!r} is not allowed with --no-draft: leave one of them out")
+    check(args)
     from specvlm.engine import SpecVLM, bundled
 
     console.raise_on_signals()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm import checks
 from specvlm.config import PruneConfig, shown
 from specvlm.errors import ConfigError, SpecVLMError, one_line
 
@@ -55,8 +56,7 @@ def get(name: str) -> Pruner:
     Raises:
         ConfigError: there is none; the message lists the known.
     """
-    if name not in PRUNERS:
-        raise ConfigError(f"pruner={shown(name)} is not allowed: known are {', '.join(sorted(PRUNERS))}")
+    checks.known("pruner", name, PRUNERS)
     return PRUNERS[name]
 
 

@@ -8,10 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from specvlm import console
-from specvlm.bench import style
+from specvlm import checks, console
+from specvlm.bench import published, style
+from specvlm.bench.sweep import Sweep
+from specvlm.config import EngineConfig
 from specvlm.errors import ConfigError, MediaError
-from specvlm.options import MODEL_OPTIONS, PARTS, add_data, add_model, add_settings, numbers, read_data, run_files
+from specvlm.options import (
+    MODEL_OPTIONS,
+    PARTS,
+    add_data,
+    add_model,
+    add_settings,
+    check,
+    numbers,
+    read_data,
+    run_files,
+)
 from specvlm.status import Status
 
 
@@ -113,14 +125,18 @@ def _bench_quality(args: argparse.Namespace, status: Status) -> int:
     from specvlm.bench import presets
     from specvlm.bench.journal import Journal
 
-    if not args.no_report:
-        style.require_matplotlib("a report needs", ", or leave it out: --no-report")  # before anything is measured
+    check(args)
+    if args.overlays < 0:
+        raise ConfigError(f"overlays={args.overlays} is not allowed: 0 or more")
     loaded = run_files(args.load)
     preset = presets.preset(args.preset) if args.preset else None
     defaults = {"data": preset.data, "ask": preset.ask} if preset else {}
-    data = read_data(args, status, **defaults)
     shared = {**(preset.settings if preset else {}), **args.settings}
     methods, shared = _methods(args, shared)
+    checks.folder_to_write(args.out)
+    data = read_data(args, status, **defaults)
+    if not args.no_report:
+        style.require_matplotlib("a report needs", ", or leave it out: --no-report")  # before anything is measured
     import torch
 
     from specvlm.bench import quality
@@ -154,6 +170,8 @@ def _methods(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[dict[s
         if name in found:
             raise ConfigError(f"method {name!r} is named twice: give it another name")
         found[name] = methods.written(name, own, tree)
+    for settings in found.values():
+        checks.settings(EngineConfig().replace(**{**shared, **settings}), is_extended=False)
     return found, shared
 
 
@@ -164,11 +182,13 @@ def _bench_speed(args: argparse.Namespace, status: Status) -> int:
         raise ConfigError("bench speed needs a target and a draft: give both --target and --draft, or neither")
     from specvlm.bench import plots, summary
 
+    what = None if args.lines else _sweep(args)
     if args.plots:
+        checks.folder_to_write(args.plots)
         plots.check()  # before anything is measured
     lines: list[summary.Line] = []
     try:
-        lines.extend(summary.read(args.lines) if args.lines else _speed_lines(args, status))
+        lines.extend(summary.read(args.lines) if what is None else _speed_lines(args, what, status))
     finally:  # what was measured is shown, also where the run was interrupted
         status.clear()
         if lines:
@@ -178,8 +198,8 @@ def _bench_speed(args: argparse.Namespace, status: Status) -> int:
     return 0 if all(line.get("error") is None and line.get("follows_plant") is not False for line in lines) else 1
 
 
-def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str, Any]]:
-    """Measure what the options say."""
+def _sweep(args: argparse.Namespace) -> Sweep:
+    """Return what the options say, once all is looked through that can be without torch."""
     optional = ("num_tokens", "repeats", "slow_repeats", "trees")
     given: dict[str, Any] = {name: getattr(args, name) for name in optional if hasattr(args, name)}
     given |= {"trees": tuple(given["trees"])} if "trees" in given else {}
@@ -195,16 +215,30 @@ def _speed_lines(args: argparse.Namespace, status: Status) -> Iterator[dict[str,
         given = {"methods": ("plain", "auto"), **given, "answer_tokens": numbers(args, "answer_tokens", int)}
     args.visual_tokens = args.visual_tokens or "16384"
     counts, ratios = (numbers(args, name, kind) for name, kind in (("visual_tokens", int), ("keep_ratios", float)))
-    from specvlm.bench import published, runner, subjects, sweep
+    what = Sweep(counts, ratios, clips=tuple(args.clips), **given)
+    check(args)
+    for name in _pairs(args):
+        published.pair(name)
+    if args.out:
+        checks.file_to_write(args.out)
+    return what
+
+
+def _pairs(args: argparse.Namespace) -> list[str]:
+    """Return the names of planted pairs."""
+    return [] if args.target else (args.pairs or published.DEFAULT_PAIRS).split(",")
+
+
+def _speed_lines(args: argparse.Namespace, what: Sweep, status: Status) -> Iterator[dict[str, Any]]:
+    """Measure what was asked for."""
+    from specvlm.bench import runner, subjects
     from specvlm.model import resolve_device, resolve_dtype
 
     console.raise_on_signals()
-    what = sweep.Sweep(counts, ratios, clips=tuple(args.clips), **given)
     if args.target:
         sources: list[subjects.Source] = [subjects.CheckpointSource(args.target, args.draft)]
     else:
-        names = (args.pairs or published.DEFAULT_PAIRS).split(",")
-        sources = [subjects.PlantedSource.of(name, is_tiny=args.tiny, seed=args.seed) for name in names]
+        sources = [subjects.PlantedSource.of(name, is_tiny=args.tiny, seed=args.seed) for name in _pairs(args)]
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     records = runner.run(sources, what, device, dtype, watch=status.show, vllm_python=args.vllm_python)

@@ -48,18 +48,31 @@ class Run:
         return {(line["sample"], line["method"]): line for line in self.of_kind("answer")}
 
 
+def file_in(directory: Path) -> Path:
+    """Return a folder's journal.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = directory / NAME
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): give the --out of bench quality") from error
+    return file
+
+
 def read(directory: Path) -> Run:
     """Return what a folder's journal holds; a last line without its end is left out.
 
     Raises:
         ConfigError: there is none, or a line of it is no line of a journal; the line is named.
     """
-    file = directory / NAME
+    file = file_in(directory)
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or "it is no text"
-        raise ConfigError(f"{file} cannot be read ({problem}): give the --out of bench quality") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} cannot be read (it is no text): give the --out of bench quality") from error
     lines: list[Line] = []
     for number, content in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:

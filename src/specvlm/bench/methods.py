@@ -11,11 +11,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from specvlm import config
+from specvlm import checks, config
 from specvlm.bench.journal import PLAIN
-from specvlm.draft import DRAFTERS
 from specvlm.errors import ConfigError
-from specvlm.prune import PRUNERS
 
 Settings = Mapping[str, Any]
 
@@ -51,7 +49,7 @@ def named(names: Iterable[str], keep_ratios: Sequence[float], tree: str = "paper
         settings = _settings(base, tree)
         if ratio and not _prunes(settings):
             raise ConfigError(f"method {name!r} is not allowed: {base} prunes nothing, so leave the @ out")
-        is_crossed = base in PRUNERS and base not in METHODS
+        is_crossed = base in checks.pruners() and base not in METHODS
         for keep_ratio in [_ratio(name, ratio)] if ratio else keep_ratios if is_crossed else [None]:
             label = base if keep_ratio is None else f"{base}@{keep_ratio:g}"
             found[label] = settings if keep_ratio is None else {**settings, "keep_ratio": keep_ratio}
@@ -79,13 +77,13 @@ def written(name: str, settings: Iterable[str], tree: str = "paper") -> dict[str
 def _settings(name: str, tree: str) -> dict[str, Any]:
     if name in METHODS:
         settings = dict(METHODS[name])
-    elif name in PRUNERS and name != "none":
+    elif name in checks.pruners() and name != "none":
         settings = {**_TREE, "pruner": name}
-    elif name in DRAFTERS and name not in _NO_METHOD:
+    elif name in checks.drafters() and name not in _NO_METHOD:
         settings = {"drafter": name, "policy": "auto"} if name == "lookup" else {"drafter": name, "policy": "fixed"}
     else:
-        drafters = [other for other in DRAFTERS if other not in _NO_METHOD]
-        known = [*METHODS, *(other for other in PRUNERS if other != "none"), *drafters]
+        drafters = [other for other in checks.drafters() if other not in _NO_METHOD]
+        known = [*METHODS, *(other for other in checks.pruners() if other != "none"), *drafters]
         raise ConfigError(f"method {name!r} is not allowed: known are {', '.join(known)}")
     if settings.get("policy") == "fixed":
         settings.setdefault("tree", tree)
@@ -93,7 +91,7 @@ def _settings(name: str, tree: str) -> dict[str, Any]:
 
 
 def _prunes(settings: Settings) -> bool:
-    return DRAFTERS[settings["drafter"]].prunes and settings.get("pruner") != "none"
+    return checks.prunes(settings["drafter"]) and settings.get("pruner") != "none"
 
 
 def _ratio(name: str, text: str) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from specvlm.account import versions
 from specvlm.errors import ConfigError
 
 
@@ -22,6 +21,8 @@ def command_line() -> str:
 
 def provenance(command: str) -> dict[str, Any]:
     """Return what a result depends on: command line, commit and package versions."""
+    from specvlm.account import versions
+
     return {"command": command, "commit": _commit(), "versions": versions()}
 
 

@@ -75,10 +75,6 @@ class Protocol:
     num_overlays: int = 3  # samples whose kept visual tokens are drawn
     loaded: Mapping[str, str] = field(default_factory=dict)  # checksums of files that registered pruners or drafters
 
-    def __post_init__(self) -> None:
-        if self.num_overlays < 0:
-            raise ConfigError(f"overlays={self.num_overlays} is not allowed: 0 or more")
-
 
 def origin(model: SpecVLM, data: Data, protocol: Protocol) -> Line:
     """Return the journal's first line: what is run, on what. A run goes on only where all but the command agree."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from specvlm.errors import ConfigError
 from specvlm.kernels import HAS_TRITON
 from specvlm.kernels.linear import _HEAD_OUTPUTS, LinearPlan, _programs, _tiles, _workspace
+from specvlm.names import QUANTS
 
-FORMATS = ("fp8", "int8", "int4")
 GROUP = 128  # inputs that share a scale of int4
 MAX_ROWS = 64
 
@@ -39,7 +39,7 @@ class QuantWeight:
     """The quantised weight [N, K] of a linear layer.
 
     Attributes:
-        format: one of `FORMATS`.
+        format: one of `QUANTS`.
         data: the codes. On the CPU, int8 as [N, K] int8, as torch's product wants it. Otherwise [panels, N, 64] int16:
             a panel is 128 (int4: 256) inputs in 2 (4) parts of 64, and a word holds one code of each part, the first
             in its lowest bits. Inputs behind K are zero.
@@ -320,8 +320,8 @@ def stream_quant(
 
 
 def _check(format: str) -> None:
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if format not in QUANTS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(QUANTS)}")
 
 
 def _parts(format: str) -> int:

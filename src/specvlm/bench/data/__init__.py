@@ -15,7 +15,6 @@ from pathlib import Path
 from specvlm.bench.data.lines import read_lines
 from specvlm.bench.data.samples import ASK, DESCRIBE, Data, Problem, Sample
 from specvlm.bench.data.sets import SETS, read_set
-from specvlm.engine import bundled
 from specvlm.errors import ConfigError
 
 __all__ = ["ASK", "DESCRIBE", "NAMES", "Data", "Problem", "Sample", "read"]
@@ -50,6 +49,8 @@ def read(
     if directory is not None:
         raise ConfigError(f"directory={directory!r} is not allowed here: it is for {', '.join(SETS)}")
     if known == BUNDLED:
+        from specvlm.engine import bundled  # imports torch
+
         return read_lines(BUNDLED, Path(bundled("clips")) / "clips.jsonl", video="file", limit=limit)
     if name is not None and known.endswith(".jsonl"):
         return read_lines(name, Path(name), prompt=DESCRIBE if ask == "describe" else None, limit=limit)

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specvlm.bench.data import hub
 from specvlm.bench.data.samples import DESCRIBE, Claim, Data, Malformed, Placed, Row, claimed, found, spread
 from specvlm.errors import ConfigError, one_line
 
@@ -72,7 +71,7 @@ def read_set(name: str, directory: str | None, *, ask: str, limit: int | None) -
         ConfigError: `datasets` or the annotations are missing, the hub does not answer, or no sample is left.
     """
     layout = SETS[name]
-    folder = hub.fetch(name, layout.repository, layout.annotations) if directory is None else Path(directory)
+    folder = _fetched(name, layout, layout.annotations) if directory is None else Path(directory)
     claims, problems = claimed(_rows(folder, layout), layout.parse)
     if ask == "describe" and not layout.is_descriptive:
         claims = list(_describing(claims))
@@ -97,8 +96,15 @@ def _fetch_videos(name: str, layout: Layout, folder: Path, claims: Sequence[Plac
     """Fetch the files that hold the claims' videos, and unpack them where a video is not there yet."""
     patterns = {pattern for _, claim in claims for pattern in claim.archives}
     if found(claims, str(folder), remedy)[1]:
-        hub.fetch(name, layout.repository, patterns)
-        hub.unpack(folder, sorted(patterns))
+        from specvlm.bench.data import hub
+
+        hub.unpack(_fetched(name, layout, patterns), sorted(patterns))
+
+
+def _fetched(name: str, layout: Layout, patterns: Iterable[str]) -> Path:
+    from specvlm.bench.data import hub  # imports huggingface_hub, which no wrong name need wait for
+
+    return hub.fetch(name, layout.repository, patterns)
 
 
 # Annotations
