@@ -17,6 +17,7 @@ from specvlm.bench.journal import Journal
 from specvlm.bench.methods import METHODS
 from specvlm.engine import bundled
 from specvlm.rows import Rows
+from training.data import positions
 
 SWEEP = [
     {"drafter": "model", "policy": "fixed", "tree": tree, "keep_ratio": keep_ratio, "pruner": pruner}
@@ -48,6 +49,18 @@ def test_ids_are_those_of_plain_decoding_and_of_transformers(number, tmp_path):
     for answer in answers.values():
         assert answer["token_ids"] == plain["token_ids"], answer
         assert answer["target_passes"] < answer["new_tokens"]
+
+
+@pytest.mark.parametrize("number", [0, 4])  # 16 and 64 frames
+def test_the_pair_stands_where_it_was_trained(number):
+    sample = data.read().samples[number]
+    inputs = model().read(model().request(sample.video, sample.prompt))
+    (visual,) = inputs.visuals
+    is_video = (inputs.input_ids == model().target.hf.config.video_token_id).numpy()
+    wanted = positions(is_video, visual.grid[0], len(is_video))
+    for part in (model().target, model().draft):
+        found = part.family.positions(part.hf, inputs)
+        assert found[:, 0].tolist() == wanted.tolist()
 
 
 def test_the_pair_shares_a_tokenizer_and_is_small():

@@ -410,3 +410,18 @@ def test_a_hub_id_is_fetched_and_read_as_a_directory(tmp_path, monkeypatch):
     assert len(patterns) == 2
     assert not any("safetensors" in pattern for pattern in patterns[0])
     assert "*.json" in patterns[0]
+
+
+def test_a_tokenizer_that_truncates_and_pads_does_so_no_more(tmp_path):
+    """transformers lifts both in a tokenizer's first call, which two threads must not do at once."""
+    directory = Path(shutil.copytree(tiny.checkpoint("qwen2_5_vl"), tmp_path / "model"))
+    told = json.loads((directory / "tokenizer.json").read_text())
+    told["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    told["padding"] = {
+        "strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+    }  # fmt: skip
+    (directory / "tokenizer.json").write_text(json.dumps(told))
+    tokenizer = checkpoint.Checkpoint.open(str(directory)).tokenizer
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.padding is None

@@ -30,7 +30,7 @@ SETTINGS = {  # another value than the default for every setting, as it is writt
     "mass": ("0.5", 0.5), "spacing": ("sequence", "sequence"), "window": ("back", "back"), "per_visual": (None, True),
     "focus": ("0.25", 0.25),
     "score_rows": ("last_turn", "last_turn"), "score_layers": ("0,1", "0,1"), "positions": ("repacked", "repacked"),
-    "text_positions": ("transformers", "transformers"),
+    "text_positions": ("qwen", "qwen"),
     "prune_seed": ("3", 3), "drafter": ("none", "none"),
     "policy": ("fixed", "fixed"), "lookup_tokens": ("4", 4), "refresh": ("8", 8),
     "tree": ("0,1,00", "0,1,00"), "max_new_tokens": ("9", 9), "temperature": ("0.7", 0.7), "top_p": ("0.9", 0.9),

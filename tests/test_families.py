@@ -452,7 +452,7 @@ PROMPTS: dict[str, tuple[list[dict[str, Any]], list[Frames]]] = {
 }
 
 
-def prompt_of(family: str, name: str, text_positions: str = "trained") -> tuple[Any, Inputs, Prompt]:
+def prompt_of(family: str, name: str, text_positions: str = "qwen") -> tuple[Any, Inputs, Prompt]:
     model, tools = tiny.load(family)
     inputs = replace(tools.inputs(*PROMPTS[name]), text_positions=text_positions)
     return model, inputs, tiny.encode(tools, model, inputs)
@@ -476,7 +476,7 @@ def logits_of(model: Any, prompt: Prompt, **kwargs: Any) -> torch.Tensor:
     return model.lm_head(out.last_hidden_state)[0]
 
 
-WHOSE = ("trained", "transformers")
+WHOSE = ("qwen", "transformers")
 
 
 @pytest.mark.parametrize("whose", WHOSE)
@@ -484,7 +484,7 @@ WHOSE = ("trained", "transformers")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_prompt_equals_forward(family: str, name: str, whose: str) -> None:
     model, inputs, prompt = prompt_of(family, name, whose)
-    given = {"position_ids": prompt.positions} if family in QWEN and whose == "trained" else {}
+    given = {"position_ids": prompt.positions} if family in QWEN and whose == "qwen" else {}
     with torch.no_grad():
         expected = model(input_ids=inputs.input_ids[None], **given, **inputs.model_kwargs).logits[0]
     assert torch.equal(logits_of(model, prompt), expected)
@@ -588,7 +588,7 @@ def test_positions_are_those_of_the_training(family: str, name: str) -> None:
 
 
 def test_the_installed_version_counts_otherwise() -> None:
-    """64 steps of 1 s on a 16 x 16 grid: text goes on at 130 as trained, at 19 in transformers 5."""
+    """Behind 5 words and 64 steps of 1 s, text goes on at 132 as Qwen trained it; transformers 5 leaves time out."""
     model, tools = tiny.load("qwen2_5_vl")
     video = tiny.video(128, 28, 28)
     inputs = tools.inputs(tiny.messages("video", "What?"), [video])
@@ -597,7 +597,25 @@ def test_the_installed_version_counts_otherwise() -> None:
     for whose in WHOSE:
         positions = tools.positions(model, replace(inputs, text_positions=whose))
         starts[whose] = int(positions[0, 0, 5 + steps * rows * columns])
-    assert starts == {"trained": 5 + 63 * 2 + 1, "transformers": 5 + max(rows, columns)}
+    assert starts == {"qwen": 5 + 63 * 2 + 1, "transformers": 5 + max(rows, columns)}
+
+
+def test_a_checkpoint_says_how_it_was_trained(tmp_path: Path) -> None:
+    """Each of a pair counts as its own config says, unless the request says how; generate() agrees."""
+    directory = Path(shutil.copytree(tiny.checkpoint("qwen2_5_vl"), tmp_path / "model"))
+    told = json.loads((directory / "config.json").read_text()) | {"text_positions": "transformers"}
+    (directory / "config.json").write_text(json.dumps(told))
+    own, usual = VideoLM.from_pretrained(str(directory), device="cpu"), load("qwen2_5_vl", "target")
+    inputs = own.family.inputs(tiny.messages("video", "What?"), [tiny.video(16, 56, 84)])
+    ways = {whose: own.encode(replace(inputs, text_positions=whose)) for whose in ("trained", *WHOSE)}
+    assert torch.equal(ways["trained"].positions, ways["transformers"].positions)
+    assert not torch.equal(ways["trained"].positions, ways["qwen"].positions)
+    assert torch.equal(usual.encode(inputs).positions, ways["qwen"].positions)
+    assert reference.positions(own, inputs) == {}
+    assert reference.positions(usual, inputs).keys() == {"position_ids"}
+    (directory / "config.json").write_text(json.dumps(told | {"text_positions": "all"}))
+    with pytest.raises(UnsupportedModel, match=r"text_positions='all' in its config.json is not known: qwen or "):
+        VideoLM.from_pretrained(str(directory), device="cpu")
 
 
 def test_a_prompt_that_ends_in_a_visual_token(tmp_path: Path) -> None:

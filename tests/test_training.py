@@ -88,8 +88,9 @@ def _ends_as_told(scene: Scene) -> bool:
 
 
 @pytest.mark.parametrize("before", [[], [Turn("Who enters at the top, and where does it go then?", "A ring.")]])
-def test_positions_are_those_of_generate(tokenizer, before):
+def test_positions_are_those_of_transformers(tokenizer, before):
     model, encode = models.build("tiny", tokenizer), Encoder(tokenizer)
+    assert model.config.text_positions == "transformers"  # what specvlm reads
     ids, answers, positions = encode(chat([*before, Turn("What happens?", "It stays.")]), num_steps=32)
     start = len(ids) - len(tokenizer("It stays.<|im_end|>\n").input_ids)
     prompt = torch.tensor(ids[:start])[None]

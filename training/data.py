@@ -61,7 +61,10 @@ class Encoder:
 
 
 def positions(is_video: np.ndarray, num_steps: int, last_answer: int) -> np.ndarray:
-    """Positions [3, L] as in `generate()`: the prompt's by `get_rope_index`, the last answer's from its maximum on."""
+    """Positions [3, L] as transformers 5 counts: the prompt's by `get_rope_index`, the last answer's behind them all.
+
+    So does a model's forward(); generate() goes on behind the prompt's last token, as earlier answers do here.
+    """
     first = int(np.argmax(is_video))
     after = first + int(is_video.sum())
     step, row, column = np.indices((num_steps, CELLS, CELLS)).reshape(3, -1) + first

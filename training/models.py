@@ -1,7 +1,7 @@
 """The two architectures: real Qwen2.5-VL at toy width, and how they are built, fed and saved.
 
-Positions follow `generate()`: text after a video counts on from the video's rows and columns, while a generated
-answer starts one after the largest position so far, which in a long clip is the last grid step's.
+Positions are those of transformers 5 (`data.positions`), which the saved config says: text after a video counts on from
+the video's rows and columns, not from its last grid step.
 """
 
 import json
@@ -69,6 +69,7 @@ def config(size: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
+        text_positions="transformers",  # how `data.positions` counts; specvlm reads it
         **tokens,
     )
 

@@ -78,6 +78,7 @@ class Checkpoint:
                 "was made from"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer("")  # its first call lifts the truncation and padding of tokenizer.json, which threads must not do
         _check_vocabulary(name, config, tokenizer)
         return cls(name, directory, config, tokenizer, family)
 

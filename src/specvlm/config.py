@@ -98,6 +98,7 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 DEFAULT_FPS = 2.0  # what Qwen's processors sample at
+TEXT_POSITIONS = ("trained", "qwen", "transformers")
 PENALTIES = (1e-3, 1e3)  # least and largest repetition penalty: logits stay finite
 
 
@@ -126,9 +127,10 @@ class VideoConfig:
     )
     text_positions: str = _setting(
         "trained",
-        "where text behind a video stands in Qwen2-VL and Qwen2.5-VL: behind its largest position, time included, as "
-        "the weights were trained, or as the installed transformers counts",
-        choices=("trained", "transformers"),
+        "where text behind a video stands in Qwen2-VL and Qwen2.5-VL: trained (as the checkpoint says that it was "
+        "trained; without a word as qwen), qwen (behind the video's largest position, time included) or transformers "
+        "(as the installed version counts)",
+        choices=TEXT_POSITIONS,
     )
     max_download_bytes: int = _setting(2 << 30, "largest file fetched from a URL, in bytes")
     timeout: float = _setting(30.0, "seconds without an answer after which a URL is given up")
@@ -152,8 +154,8 @@ class VideoConfig:
         _require(self.fit in ("thin", "error"), "fit", self.fit, "thin or error")
         _require(self.max_download_bytes >= 1, "max_download_bytes", self.max_download_bytes, "at least 1")
         _require(0 < self.timeout <= 1e6, "timeout", self.timeout, "above 0 and at most 1,000,000 seconds")
-        known = ("trained", "transformers")
-        _require(self.text_positions in known, "text_positions", self.text_positions, "trained or transformers")
+        known = self.text_positions in TEXT_POSITIONS
+        _require(known, "text_positions", self.text_positions, "trained, qwen or transformers")
 
     def _check_pixels(self) -> None:
         for name in ("max_pixels", "total_pixels"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from specvlm.ambient import neutral
-from specvlm.families import Inputs
+from specvlm.families.base import Inputs, counting
 from specvlm.graphs import on, wait
 from specvlm.model import VideoLM
 
@@ -95,7 +95,7 @@ def positions(target: VideoLM, inputs: Inputs) -> dict[str, Tensor]:
 
     It takes 4 rows: the places in the sequence, by which it masks, and the three axes.
     """
-    if inputs.text_positions == "transformers":  # its own
+    if counting(target.family, inputs) == "transformers":  # its own
         return {}
     found = target.family.positions(target.hf, inputs)
     if found.dim() == 2:

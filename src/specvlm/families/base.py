@@ -30,7 +30,7 @@ class Inputs:
     input_ids: Tensor  # [S] int64, placeholders already repeated once per visual token
     model_kwargs: dict[str, Any]  # the other keyword arguments, batch dimension included where HF has one
     visuals: tuple[Visual, ...]  # in order of appearance
-    text_positions: str = "trained"  # see VideoConfig; read where a Prompt is made
+    text_positions: str = "trained"  # see VideoConfig; each model that takes the inputs has its own training
 
     def to(self, device: torch.device | str) -> Inputs:
         """Return a copy with every tensor on `device`."""
@@ -147,6 +147,7 @@ class Family(Protocol):
     """
 
     tokenizer: Any
+    trained_positions: str  # "qwen" or "transformers": how its model was trained; see VideoConfig.text_positions
     settings: dict[str, Any]  # what decides pixels, grids and placeholders; equal settings give equal Inputs
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None: ...
@@ -195,6 +196,11 @@ class Family(Protocol):
     def merge(self, model: Any, inputs: Inputs, features: Sequence[Features]) -> Prompt:
         """Return what reaches the language model: embeddings with the features in their places, and positions."""
         ...
+
+
+def counting(family: Family, inputs: Inputs) -> str:
+    """Return how the text behind a video is counted for one model: "qwen" or "transformers"."""
+    return family.trained_positions if inputs.text_positions == "trained" else inputs.text_positions
 
 
 _FAMILIES: dict[str, type[Family]] = {}

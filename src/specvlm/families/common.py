@@ -68,6 +68,7 @@ class VisionFamily(ABC):
     """A Family whose prompt carries one placeholder token per visual token. Subclasses fill in the pixels."""
 
     is_mrope: ClassVar[bool]  # positions are (time, height, width)
+    trained_positions: str = "qwen"  # see Family; both are the same where no setting of a family decides
     pixel_dtype: torch.dtype = torch.float32  # of the pixels in Inputs; a model rounds them to its own first of all
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:

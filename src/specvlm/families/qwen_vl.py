@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from specvlm import vision
+from specvlm.config import TEXT_POSITIONS, shown
 from specvlm.errors import ConfigError, UnsupportedModel
-from specvlm.families.base import Features, Inputs, Visual, register
+from specvlm.families.base import Features, Inputs, Visual, counting, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message
 from specvlm.families.pixels import (
@@ -128,6 +129,19 @@ def _check_cells(directory: str, kind: str, settings: dict[str, Any], vision: An
             raise UnsupportedModel(f"{problem} {theirs}={wanted}: take the processor that it was trained with")
 
 
+def _trained_positions(directory: str, config: Any) -> str:
+    """Return how the text behind a video was counted in training, as a checkpoint's config says; see VideoConfig.
+
+    Raises:
+        UnsupportedModel: it says neither.
+    """
+    found = getattr(config, "text_positions", "qwen")
+    if found not in TEXT_POSITIONS[1:]:
+        problem = f"{directory}: text_positions={shown(found)} in its config.json is not known"
+        raise UnsupportedModel(f"{problem}: qwen or transformers, or leave it out")
+    return str(found)
+
+
 @register("qwen2_vl", "qwen2_5_vl")
 class QwenVL(VisionFamily):
     """Qwen2-VL and Qwen2.5-VL: every frame has its own pixel budget; Qwen2.5-VL's positions count seconds."""
@@ -138,6 +152,7 @@ class QwenVL(VisionFamily):
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         super().__init__(directory, config, tokenizer)
         is_timed = config.model_type == "qwen2_5_vl"
+        self.trained_positions = _trained_positions(directory, config)
         self._tokens_per_second = float(config.vision_config.tokens_per_second) if is_timed else None
         name = video_processor(directory, self.video_processor, _DEFAULTS_OF)
         self._is_budget_shared = name == "Qwen3VLVideoProcessor"
@@ -244,11 +259,11 @@ class QwenVL(VisionFamily):
     def positions(self, model: Any, inputs: Inputs) -> Tensor:
         """Return the positions [3, 1, S] of all tokens, on the device of the ids.
 
-        "trained": text goes on at one more than the largest position of all three axes, as transformers up to 4.57,
-        vLLM and Qwen's own code count, with which the weights were trained. "transformers": as the installed version
+        "qwen": text goes on at one more than the largest position of all three axes, as transformers up to 4.57, vLLM
+        and Qwen's own code count, with which Qwen's weights were trained. "transformers": as the installed version
         counts; from 5.0 on it leaves time out.
         """
-        if inputs.text_positions == "transformers" and inputs.visuals:
+        if counting(self, inputs) == "transformers" and inputs.visuals:
             known = {key: value for key, value in inputs.model_kwargs.items() if not key.startswith("pixel_values")}
             found: Tensor = model.model.get_rope_index(inputs.input_ids[None], **known)[0]
             return found
