@@ -84,7 +84,7 @@ def test_a_malformed_line_is_named_and_the_rest_is_read(tmp_path, name):
 
 def test_a_line_says_the_video_from_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    part = {"id": "b", "video": "one.mp4", "prompt": "Q", "start": 0.5, "end": None, "note": "else", "seed": [1]}
+    part = {"id": "b", "video": "one.mp4", "prompt": "Q", "start": 0.5, "end": None, "note": "else", "scene_seed": [1]}
     file = write(tmp_path / "deep", GOOD, part)
     found = data.read(str(file.relative_to(tmp_path)))
     assert found.name == "deep/questions.jsonl"

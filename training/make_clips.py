@@ -40,7 +40,7 @@ def record(scene: Scene, number: int, name: str) -> dict[str, object]:
         "prompt": PROMPTS[number % len(PROMPTS)],
         "caption": caption(scene),
         "facts": scene.facts(),
-        "seed": list(scene.seed),
+        "scene_seed": list(scene.seed),
         "frames": scene.num_frames,
     }
 
