@@ -356,11 +356,6 @@ class EngineConfig:
         return EngineConfig(**changed)
 
 
-def setting_names() -> frozenset[str]:
-    """Return the flat names of all settings."""
-    return frozenset(f.name for part in get_type_hints(EngineConfig).values() for f in fields(part))
-
-
 def kind_of(hint: Any) -> Any:
     """Return what a field's value is made from on a command line: str, int, float or bool."""
     kind = get_args(hint)[0] if get_origin(hint) is UnionType else hint

@@ -6,11 +6,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from specvlm.bench.data.samples import Claim, Data, Malformed, Problem, Row, claimed, found
-from specvlm.config import setting_names
+from specvlm.config import VideoConfig
 from specvlm.errors import ConfigError
 
 
@@ -46,8 +47,9 @@ def read_lines(
 
 
 def _check_keys(row: Row) -> None:
-    """Raise Malformed where a line sets what only a run can; other keys than settings are the user's own business."""
-    if wrong := sorted(row.fields.keys() & (setting_names() - {"start", "end"})):
+    """Raise Malformed where a line sets what of its video only a run can; other keys are the user's own business."""
+    of_videos = {field.name for field in fields(VideoConfig)} - {"start", "end"}
+    if wrong := sorted(row.fields.keys() & of_videos):
         raise Malformed(f"{wrong[0]} is a setting of the whole run, not of a line: give it as an option")
 
 
