@@ -26,6 +26,7 @@ BF16 = Costs(VERIFY, 4.3, {1: 4.2, 4: 4.2, 8: 4.3})  # a 7B draft
 QUANT = Costs(VERIFY, 2.1, {1: 2.0, 4: 2.0, 8: 2.0})  # the same draft, quantised
 SELF = Costs(VERIFY, 5.2, {1: 5.0, 4: 5.0, 8: 5.2})  # the target itself in 4 bit
 SHAPES = policy.shapes(10, 63, sorted(VERIFY))
+LATE = policy.Start(0.0, 2000.0, lambda done, left: left, lambda tokens: True, catches_up=False)  # behind a video
 
 
 def grown(ranks, shape):
@@ -89,7 +90,7 @@ def auto(costs, candidates, acceptance=None, **kwargs):
     """Return a chooser that knows what a plain step takes."""
     pace = Pace(costs)
     pace.learn(PLAIN, costs.verify_ms(1))
-    return Auto(pace, candidates, acceptance, **kwargs)
+    return Auto(pace, candidates, acceptance, **{"start": LATE, **kwargs})
 
 
 def tried(chooser):

@@ -18,13 +18,13 @@ from specvlm.draft import Context, Drafter
 from specvlm.memory import Memory
 from specvlm.model import VideoLM
 from specvlm.pace import Costs, Pace
-from specvlm.policy import NO_START, Acceptance, Auto, Choice, Credit, Fixed, Observation, Policy, Start
+from specvlm.policy import Acceptance, Auto, Choice, Credit, Fixed, Observation, Policy, Start
 from specvlm.request import Prefilled, Request
 from specvlm.tree import PLAIN
 
 LEAST_TOKENS = 3  # of an answer that can be drafted for: one comes from the prefill, one follows any draft
 _PROMPT_TOKENS = 24  # last ones of a prompt, by which answers to such prompts are known
-_START_SHARE = {True: 0.25, False: 0.0}  # what reading the prompt on a draft is thought to take, over the target's
+_START_SHARE = {True: 0.16, False: 0.0}  # what reading the prompt on a draft is thought to take, over the target's
 
 
 class Drafts:
@@ -66,12 +66,10 @@ class Drafts:
 
     def _what_starting_takes(self) -> Start:
         share = self._memory.start_share(self._kind.__qualname__, _START_SHARE[self._kind.encodes])
-        if share == 0.0:
-            return NO_START
         prefill_ms, lengths = 1e3 * self._start.seconds, self._memory.lengths
         return Start(
             share * prefill_ms,
-            prefill_ms,
+            prefill_ms + 1e3 * self._request.seconds["read"],
             partial(lengths.remaining, self._prompt_key),
             partial(lengths.are_longer, self._prompt_key),
             self._kind.catches_up,
@@ -88,7 +86,7 @@ class Drafts:
         """
         choice = self._policy.choose(left)
         if self._drafter is None and len(choice.drafted):
-            self._begin(choice)
+            self._begin()
         self._text.append(token)
         return choice
 
@@ -133,7 +131,7 @@ class Drafts:
 
     # The start
 
-    def _begin(self, choice: Choice) -> None:
+    def _begin(self) -> None:
         """Prune, and make the drafter, which reads the prompt."""
         request, start, begin = self._request, self._start, time.perf_counter()
         stage, once = request.seconds.stage, request.seconds["capture"]
@@ -148,7 +146,7 @@ class Drafts:
         if start.seconds:
             self._memory.add_start(self._kind.__qualname__, seconds / start.seconds)
         if isinstance(self._policy, Auto):
-            self._policy.started(choice)
+            self._policy.started()
             self._time_passes(self._policy)
 
     def _time_passes(self, policy: Auto) -> None:

@@ -10,8 +10,10 @@ Trees are grown by path probability as in EAGLE-2 (arXiv 2406.16858); the static
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import Protocol, TypeGuard
 
 import numpy as np
@@ -40,12 +42,16 @@ _CHANGED = np.array([0.15, 0.8])  # share of rounds whose root's candidates hit 
 _USUAL_SHARE = 0.05
 _TOO_UNLIKELY = math.log(100)
 _KEPT_AT_CHANGE = 0.02  # of older evidence
-_PROBE_SHARE = 0.015  # of the time of plain decoding that drafting may lose
-_FIRST_CREDIT = 2.0  # plain steps that drafting may lose beside that share
-_MOST_CREDIT, _MOST_GAINED = 3.0, 12.0  # plain steps: of that share, and of what drafting gained, that are kept
-_MOST_DEBT = 2.0  # plain steps lost after which it rests, whatever it promises
-_HOPED_SHARE = 0.4  # of a plain step that a draft of which nothing is known is hoped to save a token
-_MOST_LATE = 3.0  # times what was expected: one round costs the credit no more
+_LOST_SHARE = 0.025  # of an answer's time so far that drafting may lose
+_OPENING_SHARE = 0.01  # the same of the time that is still expected: what may be tried in the beginning
+_TRIAL = 2.0  # plain steps that rounds may lose beside what beginning to draft has cost
+_RISKS = 0.5, 1.0  # of what may still be lost, that one round may lose: the second where nothing else pays
+_PROBE_SHARE = 0.015  # of the time of plain decoding that probes may lose
+_RETRY_SHARE = 0.005  # of the time of all answers, that beginning again with a draft that did not pay may cost
+_FIRST_TRUST, _MOST_TRUST = 1.0, 20.0  # plain steps that a draft is thought to have gained, at first and at most
+_MOST_GAINED = 12.0  # plain steps gained that may be lost again
+_PLAIN_STEPS = 7  # latest ones, whose median is what a plain step takes
+_HOPED_SHARE = 0.4  # of a plain step that a draft which is trusted is hoped to save a token, at least
 _PLAIN_SHARE = 0.005  # of the time of drafting rounds that looking at a plain step may take
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
 _UNSURE_ROOM = 1.5  # times what could pay: what is left open where drafting was never timed
@@ -322,31 +328,81 @@ class Fixed:
         self.acceptance.learn(observations)
 
 
-class Credit:
-    """What drafting may still lose against plain decoding, in plain steps: it bounds the loss, whatever went wrong.
+class Budget:
+    """What drafting may lose against plain decoding in one answer, in milliseconds, whatever went wrong.
 
-    A small share of all steps is added, what drafting gains is added and what it loses is taken off.
+    Lost is what rounds that drafted took, and beginning to, less what plain steps would have taken for their tokens. It
+    is worked out anew from every plain step that is seen, so that no wrong time of a pass can hide it.
+
+    Args:
+        spent_ms: of the request before its first token.
+        plain_ms: of a plain step, by what is known before; None where nothing is.
     """
 
+    def __init__(self, spent_ms: float, plain_ms: float | None) -> None:
+        self.spent_ms = spent_ms  # as plain decoding would have taken
+        self._plain = deque([] if plain_ms is None else [plain_ms], maxlen=_PLAIN_STEPS)
+        self._plain_ms = plain_ms or 0.0
+        self._drafted_ms = 0.0
+        self._drafted_tokens = 0
+        self._begun_ms = 0.0  # what beginning to draft has cost
+
+    @property
+    def lost_ms(self) -> float:
+        """What drafting lost; below 0 where it gained."""
+        return self._begun_ms + self._drafted_ms - self._drafted_tokens * self._plain_ms
+
+    def room(self, remaining: float, begin_ms: float = 0.0) -> float:
+        """Return what may still be lost.
+
+        Args:
+            remaining: tokens still expected.
+            begin_ms: what is paid at once to begin to draft, on the hope that it pays.
+        """
+        share = _LOST_SHARE * self.spent_ms + _OPENING_SHARE * remaining * self._plain_ms
+        begun_ms = self._begun_ms + begin_ms
+        trial = begun_ms + _TRIAL * self._plain_ms if begun_ms else 0.0
+        return max(share, trial) - self.lost_ms - begin_ms
+
+    def begin(self, ms: float) -> None:
+        """Note what beginning to draft costs."""
+        self._begun_ms += ms
+
+    def add_plain(self, tokens: int, ms: float | None) -> None:
+        """Take in a plain step; None is a time that says nothing."""
+        if ms is not None:
+            self._plain.append(ms)
+            self._plain_ms = median_low(self._plain)  # of two, that by which drafting gains less
+        self.spent_ms += tokens * self._plain_ms
+
+    def add_drafted(self, tokens: int, ms: float) -> None:
+        """Take in a round that drafted."""
+        self._drafted_ms += ms
+        self._drafted_tokens += tokens
+        self.spent_ms += tokens * self._plain_ms
+        self._drafted_ms -= min(self.lost_ms + _MOST_GAINED * self._plain_ms, 0.0)
+
+
+class Credit:
+    """Whether a draft is begun with at all: what it gained over the last answers, and what trying it again may cost."""
+
     def __init__(self) -> None:
-        self.steps = _FIRST_CREDIT
-        self.is_resting = False  # too much was lost: no drafting but probes until something is there again
-        self._most = _MOST_CREDIT
+        self.gained = _FIRST_TRUST  # plain steps over the last answers
+        self.saved_ms = 0.0  # a share of the time of all answers, for beginning again where the draft did not pay
 
-    def save_for(self, cost: float) -> None:
-        """Let as much be saved as a probe costs."""
-        self._most = max(cost, _MOST_CREDIT)
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the draft is thought to pay; at first it is."""
+        return self.gained > 0
 
-    def add(self, steps: float, gained: float) -> None:
-        """Take in a round that took the time of so many plain steps and gained so many, or lost them."""
-        saved = max(self.steps, min(self.steps + _PROBE_SHARE * steps, self._most))
-        self.steps = max(min(saved + gained, _MOST_GAINED), min(saved, saved + gained))
-        self.is_resting = self.steps < -_MOST_DEBT or (self.is_resting and self.steps < 0)
+    def add(self, ms: float, gained: float) -> None:
+        """Take in time that an answer took, and the plain steps that it gained meanwhile."""
+        self.saved_ms += _RETRY_SHARE * ms
+        self.gained = min(max(self.gained + gained, -_MOST_TRUST), _MOST_TRUST)
 
-    def pay(self, steps: float) -> None:
-        """Take off what a probe had to pay beforehand."""
-        self.steps -= steps
-        self._most = _MOST_CREDIT
+    def spend(self) -> None:
+        """Note that drafting has begun: the next time is saved for from now on."""
+        self.saved_ms = 0.0
 
 
 @dataclass(frozen=True)
@@ -366,15 +422,15 @@ NO_START = Start(0.0, 0.0, lambda done, left: left, lambda tokens: True, catches
 class Auto:
     """The candidate of the most expected tokens a millisecond, or a plain step where none beats it.
 
-    While plain steps win, a probe comes now and then: the best of the shallowest candidates, so seldom that all which
-    drafting loses stays within 1.5 % of the time; and again at once as long as probes hit and the credit lasts. What
-    it takes to begin to draft is part of the first round's cost: see `Start`.
+    While plain steps win, a probe comes now and then: the best of the shallowest candidates, and again at once as long
+    as probes hit. What it takes to begin to draft is part of the first round's cost: see `Start`. No round is drafted
+    that could lose more than the `Budget` has, even if none of its drafted tokens stood: so the loss is bounded.
 
     Args:
         pace: what rounds take.
         candidates: what may be drafted; what could not pay even if every token were accepted is never chosen.
         acceptance: what is known so far.
-        credit: what drafting may lose.
+        credit: what beginning again may cost.
         start: what beginning takes.
     """
 
@@ -388,7 +444,9 @@ class Auto:
     ) -> None:
         self.acceptance = Acceptance() if acceptance is None else acceptance
         self.credit = Credit() if credit is None else credit
+        self.credit.add(start.spent_ms, 0.0)
         self.pace = pace
+        self.budget = Budget(start.spent_ms, pace.plain_ms if pace.is_known else None)
         self._start, self._start_ms = start, start.ms
         self._candidates = [candidate for candidate in candidates if len(candidate)]
         self._depths = np.array([drafted.depth for drafted in self._candidates], dtype=np.int64)
@@ -396,41 +454,60 @@ class Auto:
         self._expectation = _Expectation(self._candidates)
         self._version = -2  # of the acceptance that _tokens were computed from
         self._tokens = np.ones(len(self._candidates))
-        self._spent_ms = start.spent_ms
         self._num_tokens = 1  # of the text; the prefill gave one
         self._missed = 1  # tokens of the text that a draft has not seen
         self._num_plain = math.inf  # plain tokens since something was drafted: at first nothing was missed, so try then
         self._since_plain = 0.0  # milliseconds of drafting rounds since a plain step
         self._is_warm = False  # the last round was a probe that hit
 
-    def started(self, choice: Choice) -> None:
-        """Note that drafting has begun with this choice, so that nothing more has to be paid for it."""
-        if choice.is_probe and self._is_tried:
-            self.credit.pay(self._start_ms / self.pace.plain_ms)
+    def started(self) -> None:
+        """Note that drafting has begun, so that nothing more has to be paid for it."""
+        if self._start_ms:
+            self.budget.begin(self._start_ms)
+            self.credit.add(0.0, -self._start_ms / self.pace.plain_ms)
+            self.credit.spend()
         self._start_ms = 0.0
 
     def choose(self, left: int) -> Choice:
         """Return what the next round drafts; what lies deeper than `left` is worthless and no candidate."""
         plain_ms = self.pace.plain_ms
+        plain = Choice(PLAIN, 1.0, plain_ms, plain_ms)
         if not (self.pace.is_known and len(self._candidates)):
-            return Choice(PLAIN, 1.0, plain_ms, plain_ms)
+            return plain
         ms = self.pace.rounds_ms(self._rounds, self._late)
-        room = _UNSURE_ROOM if self.pace.is_guess and not self.pace.has_drafted else 1.0
-        fits = (self._depths <= left) & (ms < (self._depths + 1) * plain_ms * room)
+        open_ms = _UNSURE_ROOM if self.pace.is_guess and not self.pace.has_drafted else 1.0
+        fits = (self._depths <= left) & (ms < (self._depths + 1) * plain_ms * open_ms)
         if not fits.any():
-            return Choice(PLAIN, 1.0, plain_ms, plain_ms)
+            return plain
         rates = np.where(fits, self._expected() / ms, 0.0)
-        best = int(rates.argmax())
-        plain = Choice(PLAIN, 1.0, plain_ms, plain_ms, best_ms=1 / float(rates[best]))
-        pays = float(rates[best]) * plain_ms > 1
-        shallowest = fits & (self._depths == self._depths[fits].min())
-        probe = int(np.where(shallowest, rates, 0.0).argmax())
-        if (pays or not self._is_tried) and not self.credit.is_resting:
-            if not self._is_worth_starting(float(rates[best]), left) or self._looks_at_plain(float(rates[best])):
-                return plain
-            return self._choice(best, ms) if pays else self._choice(probe, ms, is_probe=True)
-        wait = self._wait(float(ms[probe]))
+        best = float(rates.max())
+        plain = replace(plain, best_ms=1 / best)
+        is_hoped = self.credit.is_trusted if self._start_ms else not self._is_tried
+        if not is_hoped and (self._start_ms or best * plain_ms <= 1):
+            return self._probe_or(plain, rates, ms, left)
+        if self._looks_at_plain(best) or not self._is_worth_starting(best, left):
+            return plain
+        room = self.budget.room(self._remaining(left), self._start_ms)
+        for risk in _RISKS:
+            safe = np.where(ms - plain_ms <= risk * room, rates, 0.0)  # even if no drafted token stood
+            if safe.max() * plain_ms > 1:
+                return self._choice(int(safe.argmax()), ms)
+        probe = self._shallowest(safe)
+        return self._choice(probe, ms, is_probe=True) if is_hoped and safe[probe] else plain
+
+    def _probe_or(self, plain: Choice, rates: Array, ms: Array, left: int) -> Choice:
+        """Return a probe where one is due, else the plain step with the time to the next."""
+        probe = self._shallowest(rates)
+        wait = self._wait(float(ms[probe]), left) if self.pace.is_plain_sure else 1
         return self._choice(probe, ms, is_probe=True) if wait <= 0 else replace(plain, probe_in=wait)
+
+    def _shallowest(self, rates: Array) -> int:
+        """Return the best of the shallowest candidates that have a rate."""
+        depth = self._depths[rates > 0].min(initial=MAX_NODES)
+        return int(np.where(self._depths == depth, rates, 0.0).argmax())
+
+    def _remaining(self, left: int) -> float:
+        return self._start.remaining(self._num_tokens, left + 1)
 
     def _choice(self, place: int, ms: Array, is_probe: bool = False) -> Choice:
         tokens = float(self._expected()[place])
@@ -444,28 +521,29 @@ class Auto:
         """
         if self._start_ms == 0:
             return True
-        hoped = 0.0 if self._is_tried else _HOPED_SHARE * self.pace.plain_ms
-        saved = max(self.pace.plain_ms - 1 / rate, hoped)  # milliseconds a token
+        saved = max(self.pace.plain_ms - 1 / rate, _HOPED_SHARE * self.pace.plain_ms)  # milliseconds a token
         done, start_ms = self._num_tokens, self._start_ms
-        if self._start.remaining(done, left + 1) * saved < start_ms:
+        if self._remaining(left) * saved < start_ms:
             return False
-        if start_ms <= _HARMLESS_SHARE * self._spent_ms or self._start.are_longer(done + start_ms / saved):
+        if start_ms <= _HARMLESS_SHARE * self.budget.spent_ms or self._start.are_longer(done + start_ms / saved):
             return True
-        return done >= min(_MOST_WAIT, _WAIT_SHARE * (self._spent_ms + left / rate) / saved)
+        return done >= min(_MOST_WAIT, _WAIT_SHARE * (self.budget.spent_ms + left / rate) / saved)
 
     def _looks_at_plain(self, rate: float) -> bool:
         """Whether a plain step is due, so that drafting is never compared with what a plain step once took."""
         lost = max(self.pace.plain_ms - 1 / rate, _LEAST_LOST * self.pace.plain_ms)
         return not self.pace.is_plain_sure or self._since_plain * _PLAIN_SHARE > lost
 
-    def _wait(self, probe_ms: float) -> int:
-        """Return the plain tokens before a probe, so that it can be paid by the share of the time that it may take."""
+    def _wait(self, probe_ms: float, left: int) -> int:
+        """Return the plain tokens before a probe, which may take its share of the time, and what there is room for."""
         plain_ms = self.pace.plain_ms
-        cost = max(probe_ms - plain_ms + self._start_ms, 0.0) / plain_ms
-        self.credit.save_for(cost)
-        for_credit = (cost - self.credit.steps) / _PROBE_SHARE
-        for_turn = 0 if self._is_warm else max(_SHORTEST_INTERVAL, cost / _PROBE_SHARE) - self._num_plain
-        return math.ceil(max(for_credit, for_turn))
+        cost = max(probe_ms - plain_ms, 0.0) + self._start_ms
+        is_saved = self._start_ms > 0 and self.credit.saved_ms >= cost
+        room = math.inf if is_saved else self.budget.room(self._remaining(left))
+        for_room = (cost - room) / (_LOST_SHARE * plain_ms)
+        share = _PROBE_SHARE * plain_ms
+        for_turn = 0.0 if self._is_warm else max(float(_SHORTEST_INTERVAL), cost / share) - self._num_plain
+        return math.ceil(max(for_room, for_turn, 0.0))
 
     def foresee(self) -> None:
         """Work out what all candidates are worth, by the evidence so far."""
@@ -482,11 +560,14 @@ class Auto:
         self.acceptance.learn(observations)
         if ms is not None:
             self.pace.learn(drafted, ms, self._late)
-        took_ms = expected_ms if ms is None or not self.pace.is_known else min(ms, _MOST_LATE * expected_ms)
+        took_ms = expected_ms if ms is None or not self.pace.is_known else ms
+        lost_ms = self.budget.lost_ms
         is_idle = not len(drafted) or (ms is None and not observations)  # there may have been nothing to propose
-        steps = 1.0 if is_idle else took_ms / self.pace.plain_ms
-        self.credit.add(steps, num_tokens - steps if not is_idle else 0.0)
-        self._spent_ms += took_ms
+        if is_idle:
+            self.budget.add_plain(num_tokens, None if len(drafted) else ms)
+        else:
+            self.budget.add_drafted(num_tokens, took_ms)
+        self.credit.add(took_ms, (lost_ms - self.budget.lost_ms) / self.pace.plain_ms)
         self._num_tokens += num_tokens
         self._num_plain = self._num_plain + num_tokens if is_idle else 0
         self._missed = self._missed + num_tokens if not len(drafted) else 0
