@@ -28,7 +28,7 @@ class Usage:
 
     prompt_tokens: int = 0
     visual_tokens: int = 0  # prunable ones
-    kept_visual_tokens: int = 0  # of them, those that the draft saw
+    kept_visual_tokens: int = 0  # of them, those that the draft saw; 0 where it was never asked
     completion_tokens: int = 0  # with the end-of-sequence token
 
 

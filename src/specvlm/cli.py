@@ -273,9 +273,10 @@ def _account(generation: Generation) -> str:
     usage, speculation, seconds = generation.usage, generation.speculation, generation.seconds.to_dict()
     first, total = seconds.pop("time_to_first_token"), seconds.pop("total")
     depths = ", ".join(map(str, speculation.accepted_per_depth)) or "none"
+    is_seen = speculation.rounds > 0 or usage.kept_visual_tokens > 0
+    seen = f"the draft saw {usage.kept_visual_tokens} of those" if is_seen else "nothing was drafted"
     rows = {
-        "prompt": f"{usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual; "
-        f"the draft saw {usage.kept_visual_tokens} of those",
+        "prompt": f"{usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual; {seen}",
         "answer": f"{usage.completion_tokens} tokens in {speculation.target_passes} target passes; "
         f"ended by {generation.finish_reason}",
         "drafts": f"{speculation.drafted_tokens} tokens in {speculation.rounds} rounds, "

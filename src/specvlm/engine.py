@@ -247,29 +247,22 @@ class SpecVLM:
         request.speculation.add(0, 0)
         request.seconds.first_token()
         drafts = Drafts(self.target, self.draft, self._memory, request, start)
+        run = _Run(request, session, drafts, verifier, ending, observe)
         try:
             yield latest
             while latest.finish_reason is None:
-                latest = self._round(request, session, drafts, verifier, ending, latest.token_ids[-1], observe)
+                latest = self._round(run, latest.token_ids[-1])
                 yield latest
         finally:  # the text may also end by a stop string
             drafts.finish(sampling.max_new_tokens - ending.left, is_cut=latest.finish_reason == "length")
 
-    def _round(
-        self,
-        request: Request,
-        session: Session,
-        drafts: Drafts,
-        verifier: verify.Verifier,
-        ending: _Ending,
-        token: int,
-        observe: Callable[[Tensor], None],
-    ) -> Round:
+    def _round(self, run: _Run, token: int) -> Round:
         """Propose behind the newest token, verify, accept, commit."""
+        request, session, drafts = run.request, run.session, run.drafts
         stage, device = request.seconds.stage, self.target.device
         once, begin = _once(request.seconds), time.perf_counter()
         with stage("decode"):
-            choice = drafts.choose(token, ending.left - 1)
+            choice = drafts.choose(token, run.ending.left - 1)
             draft = drafts.propose(choice)
             if not session.is_ready(len(draft) + 1):
                 with stage("capture", device):
@@ -277,14 +270,14 @@ class SpecVLM:
             tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
             logits = session.verify(tokens, draft.rows, drafts.watch())
             drafts.foresee()
-            observe(logits)
-            accepted = verifier.accept(logits, draft)
+            run.observe(logits)
+            accepted = run.verifier.accept(logits, draft)
             session.keep((0, *(node + 1 for node in accepted.nodes)))
             observations = drafts.commit(accepted)
         is_usual = _once(request.seconds) == once and bool(len(draft)) == bool(len(choice.drafted))
         ms = 1e3 * (time.perf_counter() - begin) if is_usual else None
         drafts.learn(choice, observations, len(accepted.token_ids), ms)
-        latest = ending.cut(draft, accepted)
+        latest = run.ending.cut(draft, accepted)
         request.speculation.add(len(draft), latest.num_accepted)
         request.decisions.append(Decision(choice, len(draft), len(latest.token_ids)))
         return latest
@@ -453,6 +446,18 @@ class _Ending:
         self.left -= len(tokens)
         reason = "stop" if ends is not None else "length" if self.left == 0 else None
         return Round(tokens, draft, accepted, reason)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the rounds of one request work with."""
+
+    request: Request
+    session: Session
+    drafts: Drafts
+    verifier: verify.Verifier
+    ending: _Ending
+    observe: Callable[[Tensor], None]  # told the logits of every pass
 
 
 def _checked(config: EngineConfig) -> EngineConfig:

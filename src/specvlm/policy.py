@@ -56,8 +56,7 @@ _PLAIN_SHARE = 0.005  # of the time of drafting rounds that looking at a plain s
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
 _UNSURE_ROOM = 1.5  # times what could pay: what is left open where drafting was never timed
 _LEAST_LOST = 0.1  # of a plain step: what looking at one costs, at least
-_MOST_WAIT = 16  # tokens of an answer of unknown length that come plainly, where starting a draft takes time
-_WAIT_SHARE = 0.025  # of a whole answer's time that they may cost
+_WAIT = 32  # tokens of an answer of unknown length that come plainly, where starting a draft takes time
 _HARMLESS_SHARE = 0.02  # of the time so far: starting a draft for this much hurts no answer, however short
 
 
@@ -516,8 +515,8 @@ class Auto:
     def _is_worth_starting(self, rate: float, left: int) -> bool:
         """Whether what is still expected of the text earns back what it takes to begin to draft.
 
-        Of a text whose length is unknown the first tokens come plainly: then a short one has lost nothing, and a long
-        one little.
+        Of a text whose length is unknown the first tokens come plainly: then a short one has lost nothing. At once it
+        begins where answers to such prompts were at least twice as long as needed.
         """
         if self._start_ms == 0:
             return True
@@ -525,9 +524,9 @@ class Auto:
         done, start_ms = self._num_tokens, self._start_ms
         if self._remaining(left) * saved < start_ms:
             return False
-        if start_ms <= _HARMLESS_SHARE * self.budget.spent_ms or self._start.are_longer(done + start_ms / saved):
+        if start_ms <= _HARMLESS_SHARE * self.budget.spent_ms or self._start.are_longer(done + 2 * start_ms / saved):
             return True
-        return done >= min(_MOST_WAIT, _WAIT_SHARE * (self.budget.spent_ms + left / rate) / saved)
+        return done >= _WAIT
 
     def _looks_at_plain(self, rate: float) -> bool:
         """Whether a plain step is due, so that drafting is never compared with what a plain step once took."""
@@ -561,13 +560,12 @@ class Auto:
         if ms is not None:
             self.pace.learn(drafted, ms, self._late)
         took_ms = expected_ms if ms is None or not self.pace.is_known else ms
-        lost_ms = self.budget.lost_ms
         is_idle = not len(drafted) or (ms is None and not observations)  # there may have been nothing to propose
         if is_idle:
             self.budget.add_plain(num_tokens, None if len(drafted) else ms)
         else:
             self.budget.add_drafted(num_tokens, took_ms)
-        self.credit.add(took_ms, (lost_ms - self.budget.lost_ms) / self.pace.plain_ms)
+        self.credit.add(took_ms, 0.0 if is_idle else num_tokens - took_ms / self.pace.plain_ms)
         self._num_tokens += num_tokens
         self._num_plain = self._num_plain + num_tokens if is_idle else 0
         self._missed = self._missed + num_tokens if not len(drafted) else 0

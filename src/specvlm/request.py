@@ -25,7 +25,7 @@ class Request(ByValue):
     usage: Usage = field(default_factory=Usage)
     speculation: Speculation = field(default_factory=Speculation)
     seconds: Seconds = field(default_factory=Seconds)
-    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw
+    keep: Tensor | None = None  # [K] int64, the visual tokens that the draft saw; None where it was never asked
     seen: tuple[Seen, ...] = ()  # what was read of every video and image
     loaded: Prompted | None = None  # its media, where they are read already
     decisions: list[Decision] = field(default_factory=list)  # one a target pass after the prefill
