@@ -224,7 +224,7 @@ def test_several_videos_and_images_over_several_turns(pair):
     ]
     plain = pair.generate(messages, max_new_tokens=LENGTH, drafter="none")
     for settings in ({}, {"per_visual": True, "keep_ratio": 0.3}, {"score_rows": "last_turn"}):
-        answer = pair.generate(messages, max_new_tokens=LENGTH, **settings)
+        answer = pair.generate(messages, max_new_tokens=LENGTH, tree="paper", **settings)
         assert answer.token_ids == plain.token_ids
         assert 0 < answer.usage.kept_visual_tokens < answer.usage.visual_tokens
     assert plain.token_ids == transformers_ids(pair, messages, None)

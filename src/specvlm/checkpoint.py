@@ -113,6 +113,9 @@ class Checkpoint:
         directory = Path(self.directory)
         indices = [file for name in _WEIGHTS if (file := directory / f"{name}.index.json").is_file()]
         files = _indexed(indices[0]) if indices else list(_WEIGHTS)
+        are_there = (all if indices else any)((directory / file).is_file() for file in files)
+        if are_there:  # not every hub library looks into its cache first where it is offline
+            return
         snapshot_download(self.name, revision=directory.name, allow_patterns=files)
 
     def read(self, place: torch.device, dtype: torch.dtype) -> Any:
