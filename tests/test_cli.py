@@ -94,7 +94,7 @@ def test_the_answer_goes_to_stdout_and_nothing_to_stderr(run, clip):
 
 
 def test_json_is_one_object_with_exactly_these_keys(run, clip):
-    code, out, err = run("describe", clip, *PAIR, *SHORT, "--json")
+    code, out, err = run("describe", clip, *PAIR, *SHORT, "--tree", "paper", "--json")
     content = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     for part, keys in KEYS.items():
