@@ -144,7 +144,8 @@ class Drafts:
             self._drafter = drafting.create(request.config.draft, self._draft, self._context(keep))
         seconds = time.perf_counter() - begin - (request.seconds["capture"] - once)
         if start.seconds:
-            self._memory.add_start(self._kind.__qualname__, seconds / start.seconds)
+            usual = _START_SHARE[self._kind.encodes]
+            self._memory.add_start(self._kind.__qualname__, seconds / start.seconds, usual)
         if isinstance(self._policy, Auto):
             self._policy.started()
             self._time_passes(self._policy)

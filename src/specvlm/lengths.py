@@ -40,10 +40,11 @@ class Lengths:
         return (sum(later) + _any_length(done, left)) / (len(later) + 1)
 
     def are_longer(self, prompt: Hashable, tokens: float) -> bool:
-        """Whether there were answers to such prompts, and each was longer."""
+        """Whether answers to such prompts were longer, and none ended before; what was cut before tells nothing."""
         with self._lock:
             known = list(self._by_prompt.get(prompt, ()))
-        return bool(known) and all(length > tokens for length, _ in known)
+        ended = [length > tokens for length, is_cut in known if length > tokens or not is_cut]
+        return bool(ended) and all(ended)
 
 
 def _later(done: int, left: int, length: int, is_cut: bool) -> float:

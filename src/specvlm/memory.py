@@ -17,6 +17,7 @@ from specvlm.policy import Acceptance, Credit
 
 T = TypeVar("T")
 _MOST = 64  # entries of each kind
+_MOST_LONGER = 2.0  # times what starting was thought to take: one start says no more than this
 _NEWEST_SHARE = 0.3  # of the latest start in what starting is thought to take
 
 
@@ -102,8 +103,11 @@ class Memory:
         with self._lock:
             return self._starts.get(kind, otherwise)
 
-    def add_start(self, kind: Hashable, share: float) -> None:
-        """Note what starting a draft took."""
+    def add_start(self, kind: Hashable, share: float, otherwise: float) -> None:
+        """Note what starting a draft took, which is thought to take `otherwise` where nothing is known.
+
+        The first start of a process compiles kernels: one that took far longer says little about the next.
+        """
         with self._lock:
-            known = self._starts.get(kind, share)
-            self._starts[kind] = known + (share - known) * _NEWEST_SHARE
+            known = self._starts.get(kind, otherwise)
+            self._starts[kind] = known + (min(share, _MOST_LONGER * known) - known) * _NEWEST_SHARE

@@ -24,6 +24,7 @@ _UNSURE = {False: 0.25, True: 0.5}  # share by which a part that was timed, or o
 _SHARED_UNSURE = 0.2  # the same, of all parts together: a machine that others use
 _DRIFT, _SHARED_DRIFT = 0.02, 0.015  # a round
 _NOISE = 0.12  # of what one round takes
+_SURE_SHARE = 0.3  # of a plain step, by which it may be wrong and still counts as known
 _LEAST_SEEN, _MOST_SEEN = 0.3, 2.0  # times what was expected: one round says no more than this
 _LEAST_MS = 0.2  # of what the costs say: corrections make no round shorter than this
 
@@ -146,7 +147,7 @@ class Pace:
     @property
     def is_plain_sure(self) -> bool:
         """Whether plain steps ran lately, so that what they take is no guess."""
-        return bool(self._covariance[0, 0] < (0.2 * self._costs.verify_ms(1)) ** 2)
+        return bool(self._covariance[0, 0] < (_SURE_SHARE * self._costs.verify_ms(1)) ** 2)
 
     def round_ms(self, drafted: Shape | Tree, missed: int = 0) -> float:
         """Return the milliseconds of a round whose draft has first to run this many tokens that it missed."""
