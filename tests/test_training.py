@@ -1,13 +1,9 @@
 """The bundled pair's recipe: pictures, captions and positions agree with the facts, and a tiny model trains."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # training/ is no part of the installed package
 
 from training import models, render
 from training.data import Clips, Curriculum, Encoder, chat
