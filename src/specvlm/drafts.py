@@ -57,7 +57,7 @@ class Drafts:
             return Fixed(tree.parse(config.draft.tree), self._acceptance)
         known = self._memory.times.get(self._target_key, self._draft_key)
         if known is not None:
-            pace = Pace(known)
+            pace = Pace(known, is_timed=self._start.session.is_captured)
         else:
             size = self._kind.relative_size(drafting.model_of(config.draft, self._draft, self._target), self._target)
             pace = Pace(Costs.guess(1.0, size), is_guess=True, is_scaled=False)

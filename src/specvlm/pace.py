@@ -21,6 +21,7 @@ _FAR_ROWS, _FAR_WIDTH = 33, 9  # where the slopes of a table of rows are read
 _LEAST_SLOPE = 0.01  # of a pass with one row, a row more: uncertain even where nothing was seen of it
 _LEAST_HOST = 0.5  # of a plain step, what a round may take beside its passes: as uncertain as that
 _UNSURE = {False: 0.25, True: 0.5}  # share by which a part that was timed, or only guessed, may be wrong
+_TIMED_UNSURE = 0.02  # the same, of passes of captured graphs
 _SHARED_UNSURE = 0.2  # the same, of all parts together: a machine that others use
 _DRIFT, _SHARED_DRIFT = 0.02, 0.015  # a round
 _NOISE = 0.12  # of what one round takes
@@ -114,10 +115,12 @@ class Pace:
         costs: timed, or guessed.
         is_guess: they are a guess: rounds move them further.
         is_scaled: their milliseconds are those of this machine; else the first plain step sets the scale.
+        is_timed: passes of captured graphs were timed: rounds move all parts together, hardly one against the others.
     """
 
-    def __init__(self, costs: Costs, *, is_guess: bool = False, is_scaled: bool = True) -> None:
+    def __init__(self, costs: Costs, *, is_guess: bool = False, is_scaled: bool = True, is_timed: bool = False) -> None:
         self.is_guess = is_guess
+        self._is_timed = is_timed
         self.is_known = is_scaled  # whether anything was timed at all
         self.has_drafted = False  # whether a round that drafted was timed
         self._set(costs)
@@ -128,15 +131,16 @@ class Pace:
         size[1] = max(size[1], _LEAST_SLOPE * size[0])
         size[2] = max(size[2], _LEAST_HOST * size[0])
         size[4] = max(size[4], _LEAST_SLOPE * size[3])
-        self._drift = np.diag((_DRIFT * size) ** 2) + np.outer(size, size) * _SHARED_DRIFT**2
+        drift = 0.0 if self._is_timed else _DRIFT
+        self._drift = np.diag((drift * size) ** 2) + np.outer(size, size) * _SHARED_DRIFT**2
         self._moved = np.zeros(len(size))
-        unsure = _UNSURE[self.is_guess]
+        unsure = _TIMED_UNSURE if self._is_timed else _UNSURE[self.is_guess]
         self._covariance = np.diag((unsure * size) ** 2) + np.outer(size, size) * _SHARED_UNSURE**2
         self._most = np.sqrt(self._covariance.diagonal())
 
     def retime(self, costs: Costs) -> None:
         """Take passes that were timed in place of what was thought of them."""
-        self.is_guess, self.is_known = False, True
+        self.is_guess, self.is_known, self._is_timed = False, True, True
         self._set(costs)
 
     @property
