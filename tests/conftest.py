@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import tiny
 
-from specvlm import SpecVLM
+from specvlm import SpecVLM, cli
 from specvlm.model import VideoLM
 
 torch.set_num_threads(1)
@@ -31,3 +31,14 @@ def family(request):
 def pair(family):
     """A target and a draft that is often right."""
     return SpecVLM(load(family, "target"), load(family, "near"))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line in process; it returns the exit status, stdout and stderr."""
+
+    def run(*argv):
+        code = cli.main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run

@@ -12,12 +12,27 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import torch
 from av.stream import Disposition
 from torch import Tensor
 
+from specvlm import MediaError, VideoConfig
+from specvlm.media import load
+
 BITS = 12
 WIDTH, HEIGHT = 96, 64  # one bar of 8 pixels a bit, the lowest bit first
+
+
+def fails(source: object, *words: str, kind: str = "video", error: type[Exception] = MediaError, **settings) -> str:
+    """Load must raise an error of one line that contains the words."""
+    with pytest.raises(error) as caught:
+        load(source, VideoConfig(**settings), kind=kind)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:

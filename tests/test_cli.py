@@ -61,15 +61,6 @@ def clip(tmp_path_factory):
     return str(media.make_video(tmp_path_factory.mktemp("cli") / "clip.mp4", 8, rate=2, images=images))
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        code = cli.main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 class Terminal(io.StringIO):
     """Remembers what was written and when it was flushed."""
 

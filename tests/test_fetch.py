@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media import make_video, picture
+from media import fails, make_video, picture
 from PIL import Image
 
-from specvlm import ConfigError, MediaError, VideoConfig
+from specvlm import ConfigError, VideoConfig
 from specvlm.media import Frames, MediaWarning, download, fetch, load
 from specvlm.status import no_litter
 
@@ -29,17 +29,6 @@ C = VideoConfig
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     return make_video(tmp_path_factory.mktemp("fetch") / "clip.mp4", 8)
-
-
-def fails(source: object, *words: str, kind: str = "video", error: type[Exception] = MediaError, **settings) -> str:
-    """Load must raise an error of one line that contains the words."""
-    with pytest.raises(error) as caught:
-        load(source, C(**settings), kind=kind)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:

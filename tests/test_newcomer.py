@@ -45,15 +45,6 @@ def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        code = cli.main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def answer(run, *argv):
     code, out, err = run("describe", *argv, *MODEL, *SHORT, "--json")
     assert (code, err) == (0, "")

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import HEIGHT, WIDTH, make_audio, make_video, number, numbers, picture, reference, served
+from media import HEIGHT, WIDTH, fails, make_audio, make_video, number, numbers, picture, reference, served
 from PIL import Image
 
 from specvlm.config import VideoConfig
@@ -71,17 +71,6 @@ def _media_handles() -> list[str]:
         if Path(target).suffix in (".mp4", ".mkv", ".ts", ".png", ".avi", ".webm") or "specvlm-" in target:
             found.append(target)
     return sorted(found)
-
-
-def fails(source: object, *words: str, kind: str = "video", **settings: object) -> str:
-    """Load must raise a MediaError of one line that contains the words."""
-    with pytest.raises(MediaError) as caught:
-        load(source, VideoConfig(**settings), kind=kind)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:

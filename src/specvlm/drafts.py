@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ class Drafts:
             length -= prompt.num_visual - prune.budget(config.prune, prompt.num_visual) if prompt.num_visual else 0
         return (self._kind.__qualname__, is_grown, config.draft.lookup_tokens, config.run), length
 
-    @property
+    @cached_property
     def _prompt_key(self) -> tuple[int, ...]:
         """The last words of the prompt: what is asked."""
         prompt = self._start.prompt
