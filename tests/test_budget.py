@@ -136,9 +136,9 @@ def test_a_draft_that_does_not_pay_costs_no_more_than_its_bound(name, is_hopeles
     machine, candidates, thought, marginal = MACHINES[name]
     ranks = HOPELESS if is_hopeless else marginal
     for seed in range(3):
-        found = answers(machine, candidates, thought, ranks, seed)
+        found = answers(machine, candidates, thought, ranks, seed, count=5)
         assert max(found) < bound(machine)
-        assert machine.start < 10 or min(found[1:]) < 1.003  # its start is not paid in every answer
+        assert machine.start < 10 or found[-1] < 1.003  # its start is not paid in every answer
 
 
 @pytest.mark.parametrize(("name", "num_tokens"), [("cpu", 1000), ("int4", 1000), ("cpu", 2000)])

@@ -116,9 +116,18 @@ def test_what_costs_nothing_to_start_starts_as_soon_as_a_plain_step_is_known(pai
 
 @pytest.mark.parametrize("drafter", ["model", "self", "lookup"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.3}])
-def test_a_draft_that_begins_late_knows_the_text_so_far(pair, monkeypatch, drafter, settings):
-    """The same proposals as one that was there from the beginning, and the same words."""
+@pytest.mark.parametrize("rehearsals", [0, 2])
+def test_a_draft_that_begins_late_knows_the_text_so_far(pair, monkeypatch, drafter, settings, rehearsals):
+    """The same proposals as one that was there from the beginning, and the same words; timing passes changes nothing."""
     shape, rounds = parse("chain:3"), iter(())
+    propose = ModelDrafter.propose
+
+    def rehearsed(self, token, drafted):
+        for _ in range(rehearsals if len(drafted) else 0):
+            self.rehearse(drafted)
+        return propose(self, token, drafted)
+
+    monkeypatch.setattr(ModelDrafter, "propose", rehearsed)
 
     def choose(self, left):
         return Choice(shape if next(rounds) else PLAIN, 1.0, 1.0, 1.0)

@@ -436,10 +436,11 @@ class ModelDrafter(Drafter):
         self._pending = [self._pending[-1], *words][stored:]
 
     def rehearse(self, drafted: Shape | Tree) -> None:
-        """Do the work of a round and forget it."""
-        pending = list(self._pending)
-        self._pending.append(pending[-1])
+        """Do the work of a round and forget it. Known tokens that were not run yet are run first, for good."""
         with torch.inference_mode():
+            self._pending.append(self._pending[-1])  # in place of the newest token
+            self._catch_up()
+            pending = self._pending[:-1]
             self._grown(drafted)
             self._session.keep(())
         self._pending = pending

@@ -128,9 +128,10 @@ class Pace:
     def _set(self, costs: Costs) -> None:
         self._costs = costs
         size = np.abs(costs.parts)
-        size[1] = max(size[1], _LEAST_SLOPE * size[0])
-        size[2] = max(size[2], _LEAST_HOST * size[0])
-        size[4] = max(size[4], _LEAST_SLOPE * size[3])
+        if not self._is_timed:
+            size[1] = max(size[1], _LEAST_SLOPE * size[0])
+            size[2] = max(size[2], _LEAST_HOST * size[0])
+            size[4] = max(size[4], _LEAST_SLOPE * size[3])
         drift = 0.0 if self._is_timed else _DRIFT
         self._drift = np.diag((drift * size) ** 2) + np.outer(size, size) * _SHARED_DRIFT**2
         self._moved = np.zeros(len(size))

@@ -40,7 +40,7 @@ _POOL_WEIGHT = 6.0  # observations that the mean over depths is worth at each de
 _KEPT = 0.85  # of older evidence, a round
 _CHANGED = np.array([0.15, 0.8])  # share of rounds whose root's candidates hit where the draft fails or is good
 _USUAL_SHARE = 0.05
-_TOO_UNLIKELY = math.log(100)
+_TOO_UNLIKELY = math.log(1000)
 _KEPT_AT_CHANGE = 0.02  # of older evidence
 _LOST_SHARE = 0.025  # of an answer's time so far that drafting may lose
 _OPENING_SHARE = 0.01  # the same of the time that is still expected: what may be tried in the beginning
@@ -52,7 +52,7 @@ _FIRST_TRUST, _MOST_TRUST = 1.0, 20.0  # plain steps that a draft is thought to 
 _MOST_GAINED = 12.0  # plain steps gained that may be lost again
 _PLAIN_STEPS = 7  # latest ones, whose median is what a plain step takes
 _HOPED_SHARE = 0.4  # of a plain step that a draft which is trusted is hoped to save a token, at least
-_PLAIN_SHARE = 0.005  # of the time of drafting rounds that looking at a plain step may take
+_PLAIN_SHARE = 0.002  # of the time of drafting rounds that looking at a plain step may take
 _SHORTEST_INTERVAL = 4  # plain tokens between two probes, at least
 _UNSURE_ROOM = 1.5  # times what could pay: what is left open where drafting was never timed
 _LEAST_LOST = 0.1  # of a plain step: what looking at one costs, at least
@@ -166,7 +166,7 @@ class Acceptance:
             return
         is_hit = root.hit is not None
         likelihood = _CHANGED if is_hit else 1 - _CHANGED
-        usual = min(max(self._usual, 0.1), 0.9)  # so that two in a row never suffice
+        usual = min(max(self._usual, 0.1), 0.9)  # so that three in a row never suffice
         self._doubt = np.maximum(0.0, self._doubt + np.log(likelihood / (usual if is_hit else 1 - usual)))
         self._usual += (is_hit - self._usual) * _USUAL_SHARE
         if self._doubt.max() > _TOO_UNLIKELY:
