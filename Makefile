@@ -1,5 +1,6 @@
 # make demo: install into .venv and describe the shipped clip with the bundled pair.
 # make test: install into .venv and run all checks.
+# make test-slow: the rest of the checks: more clips, more shapes of kernels.
 # make test-latest: the same with the newest version of everything, in .venv-latest.
 # make lock: choose the versions that all others install, requirements/*.txt. What is locked stays; UPGRADE=1 takes what is
 #   newest. Made with Python 3.11 on Linux x86_64; elsewhere what the lists lack is installed unpinned.
@@ -17,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install -q
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q $(if $(UPGRADE),--upgrade) --strip-extras --allow-unsafe \
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: demo test test-latest lint lock report studies plots clean
+.PHONY: demo test test-slow test-latest lint lock report studies plots clean
 
 $(VENV)/base: requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,11 +52,14 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # One thread a process: two would wait for each other at every small product as soon as both cores are busy.
-test report: export OMP_NUM_THREADS = 1
+test test-slow report: export OMP_NUM_THREADS = 1
 
 test: lint
 	$(BIN)/pytest -n 2
 	PYTHONPATH=$(VENV)/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py -k "not law"
+
+test-slow: $(VENV)/test
+	$(BIN)/pytest -n 2 -m slow
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= LOCK_OLDER= LMMS_EVAL=lmms_eval

@@ -1,6 +1,7 @@
 """Shared fixtures: one thread a worker, Triton's interpreter where there is no GPU, and tiny pairs of every family."""
 
 import os
+import signal
 from functools import cache
 
 import pytest
@@ -15,6 +16,8 @@ from specvlm import SpecVLM, cli
 from specvlm.model import VideoLM
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @cache

@@ -118,7 +118,7 @@ def test_what_costs_nothing_to_start_starts_as_soon_as_a_plain_step_is_known(pai
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.3}])
 @pytest.mark.parametrize("rehearsals", [0, 2])
 def test_a_draft_that_begins_late_knows_the_text_so_far(pair, monkeypatch, drafter, settings, rehearsals):
-    """The same proposals as one that was there from the beginning, and the same words; timing passes changes nothing."""
+    """The same proposals as one that was there from the beginning, and the same words; timing it changes nothing."""
     shape, rounds = parse("chain:3"), iter(())
     propose = ModelDrafter.propose
 

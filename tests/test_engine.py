@@ -463,7 +463,7 @@ def test_a_drafter_that_ignores_its_budget_cannot_lengthen_the_text(pair, monkey
 
 
 def test_sampling_end_to_end_has_the_targets_law():
-    """Chi-square over the first three tokens (27 of them at top_k 3), 1,500 seeds.
+    """Chi-square over the first three tokens (27 of them at top_k 3), 800 seeds.
 
     The law is exact, from the target's logits. The statistic of 26 degrees of freedom exceeds 85 with probability 3e-8.
     """
@@ -483,15 +483,15 @@ def test_sampling_end_to_end_has_the_targets_law():
             for three in follow([one, two]).nonzero().flatten().tolist():
                 law[one, two, three] = (follow([])[one] * follow([one])[two] * follow([one, two])[three]).item()
     assert len(law) == 27
-    counts, accepted = dict.fromkeys(law, 0), 0
-    for seed in range(1500):
+    counts, accepted, seeds = dict.fromkeys(law, 0), 0, 800
+    for seed in range(seeds):
         start.session.rollback()
         request = model.request(None, **settings, seed=seed)
         counts[tuple(token for latest in model.decode(request, start) for token in latest.token_ids)] += 1
         accepted += request.speculation.accepted_tokens
-    statistic = sum((counts[text] - 1500 * p) ** 2 / (1500 * p) for text, p in law.items())
+    statistic = sum((counts[text] - seeds * p) ** 2 / (seeds * p) for text, p in law.items())
     assert statistic < 85
-    assert accepted > 500  # the law was kept by accepting, not by rejecting everything
+    assert accepted > 250  # the law was kept by accepting, not by rejecting everything
 
 
 def test_calls_may_stand_inside_inference_mode_and_outside(pair):

@@ -148,7 +148,7 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 11])
+@pytest.mark.parametrize("after", [0, 11, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 5))])
 def test_a_killed_run_goes_on_without_loss_or_repeat(pair, tmp_path, after):
     data, plan = samples(2), protocol()
     whole = ran(pair, data, plan, tmp_path / "whole")
@@ -177,9 +177,9 @@ def test_a_killed_run_goes_on_without_loss_or_repeat(pair, tmp_path, after):
 
 def test_a_run_that_is_killed_at_any_moment_gives_the_same_table(tmp_path):
     """The whole command, killed by the system, on bundled clips."""
-    names = "plain,chain,verifier"
-    command = [sys.executable, "-m", "specvlm", "bench", "quality", "--limit", "3", "--methods", names, "--untimed"]
-    command += ["--no-report", "--overlays", "1", "--max-new-tokens", "40", "--quiet", "--device", "cpu", "--out"]
+    names = "plain,verifier"
+    command = [sys.executable, "-m", "specvlm", "bench", "quality", "--limit", "2", "--methods", names, "--untimed"]
+    command += ["--no-report", "--overlays", "1", "--max-new-tokens", "32", "--quiet", "--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
     file = tmp_path / "killed" / journal.NAME
@@ -187,14 +187,13 @@ def test_a_run_that_is_killed_at_any_moment_gives_the_same_table(tmp_path):
     deadline = time.monotonic() + 120
     while not (file.exists() and file.read_text().count('"kind": "answer"')) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(random.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     before = file.read_text().count('"kind": "answer"')
-    assert 0 < before < 9
+    assert 0 < before < 4
     subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment)
     whole, killed = journal.read(tmp_path / "whole"), journal.read(tmp_path / "killed")
-    assert len(killed.of_kind("answer")) == 9
+    assert len(killed.of_kind("answer")) == 4
     assert counts(killed) == counts(whole)
     drawn = {(line["sample"], line["method"]) for line in killed.of_kind("overlay")}
     assert drawn == {("clip00", "verifier@0.1")}

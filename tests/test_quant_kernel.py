@@ -154,7 +154,12 @@ def test_unknown_formats_are_refused():
 @pytest.mark.parametrize("shape", SHAPES)
 # rows, programs (1000: a tile for each), x as the left factor
 @pytest.mark.parametrize(
-    ("rows", "programs", "x_left"), [(1, 7, False), (8, 1, True), (13, 1000, True), (32, 3, False)]
+    ("rows", "programs", "x_left"),
+    [
+        (13, 1000, True),
+        (32, 3, False),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 7, False), (8, 1, True))),
+    ],
 )
 def test_the_kernel_equals_the_reference(format, shape, rows, programs, x_left):
     outputs, inputs = shape
@@ -328,7 +333,7 @@ def test_plans_fit_the_chip_and_keep_it_busy(format, rows, outputs, inputs):
 
 @pytest.mark.parametrize("format", QUANTS)
 @pytest.mark.parametrize(("rows", "left"), [(1, False), (5, False), (8, False), (13, True)])
-@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("programs", [7, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3))])
 def test_norm_sum_and_gate_are_parts_of_the_product(format, rows, left, programs):
     weight = packed(draw(200, 328, seed=1), format)
     x, bias, residual = draw(rows, 328, dtype=SINGLE), draw(200, dtype=SINGLE), draw(rows, 200, dtype=SINGLE, seed=3)
