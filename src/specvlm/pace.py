@@ -135,6 +135,9 @@ class Pace:
         drift = 0.0 if self._is_timed else _DRIFT
         self._drift = np.diag((drift * size) ** 2) + np.outer(size, size) * _SHARED_DRIFT**2
         self._moved = np.zeros(len(size))
+        self._parts = costs.parts
+        self._known: dict[Shape | Tree, tuple[float, Array]] = {}  # of a round, what the costs say and what it holds
+        self._plain_ms = self.round_ms(PLAIN)
         unsure = _TIMED_UNSURE if self._is_timed else _UNSURE[self.is_guess]
         self._covariance = np.diag((unsure * size) ** 2) + np.outer(size, size) * _SHARED_UNSURE**2
         self._most = np.sqrt(self._covariance.diagonal())
@@ -147,7 +150,7 @@ class Pace:
     @property
     def plain_ms(self) -> float:
         """Milliseconds of a plain step."""
-        return self.round_ms(PLAIN)
+        return self._plain_ms
 
     @property
     def is_plain_sure(self) -> bool:
@@ -156,15 +159,24 @@ class Pace:
 
     def round_ms(self, drafted: Shape | Tree, missed: int = 0) -> float:
         """Return the milliseconds of a round whose draft has first to run this many tokens that it missed."""
-        return float(self.rounds_ms(Rounds([drafted], self._costs), missed)[0])
+        if drafted not in self._known:
+            self._known[drafted] = self._costs.round_ms(drafted), np.array(_features(drafted), dtype=np.float64)
+        base, features = self._known[drafted]
+        ms = max(base + float(features @ self._moved), _LEAST_MS * base)
+        return ms + (self._late_ms(missed) if len(drafted) else 0.0)
 
     def rounds_ms(self, rounds: Rounds, missed: int = 0) -> Array:
         """Return the milliseconds of each round."""
         base = rounds.base(self._costs)
-        late = np.array(_missed_features(missed), dtype=np.float64)
-        extra = float(late @ self._costs.parts) + float(late @ self._moved)
         found: Array = np.maximum(base + rounds.features @ self._moved, _LEAST_MS * base)
-        return found + np.where(rounds.features[:, 2] > 0, max(extra, 0.0), 0.0)
+        return found + self._late_ms(missed) * rounds.features[:, 2] if missed else found
+
+    def _late_ms(self, missed: int) -> float:
+        """Return what running so many missed tokens adds to a round that drafts."""
+        if not missed:
+            return 0.0
+        late = np.array(_missed_features(missed), dtype=np.float64)
+        return max(float(late @ (self._parts + self._moved)), 0.0)
 
     def learn(self, drafted: Shape | Tree, ms: float, missed: int = 0) -> None:
         """Take in what a round really took."""
@@ -186,6 +198,7 @@ class Pace:
         self._covariance += self._drift - np.outer(gain, spread)
         too_wide = np.minimum(1.0, self._most / np.sqrt(np.maximum(self._covariance.diagonal(), 1e-18)))
         self._covariance *= np.outer(too_wide, too_wide)
+        self._plain_ms = self.round_ms(PLAIN)
 
     @property
     def costs(self) -> Costs:
