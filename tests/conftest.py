@@ -12,8 +12,9 @@ if not torch.cuda.is_available():
 
 import tiny
 
-from specvlm import SpecVLM, cli
-from specvlm.model import VideoLM
+from specvlm import SpecVLM
+from specvlm.cli import main as cli
+from specvlm.runtime.model import VideoLM
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; what tests start inherits it

@@ -5,7 +5,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from specvlm.bench import journal
+from specvlm_bench import journal
 
 DEPTH, NODES, LENGTH, EOS = 5, 25, 70, 1
 WORDS = (

@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from specvlm import SpecVLM, cli
+from specvlm import SpecVLM
+from specvlm.cli import main as cli
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PATHS = {"TARGET": TARGET, "OTHER_FAMILY": tiny.checkpoint("qwen2_vl", "draft")}  # they differ from run to run

@@ -13,10 +13,10 @@ import pytest
 from test_policy import GOOD, HOPELESS, World, worth
 from worlds import CPU, H200, INT4, TINY, Pair, wrong
 
-from specvlm import policy
-from specvlm.costs import FREE_SIZES, GRAPH_SIZES
-from specvlm.pace import Pace
-from specvlm.policy import PLAIN, Acceptance, Auto, Budget, Credit, Observation, Shape, Start
+from specvlm.speculate import policy
+from specvlm.speculate.costs import FREE_SIZES, GRAPH_SIZES
+from specvlm.speculate.pace import Pace
+from specvlm.speculate.policy import PLAIN, Acceptance, Auto, Budget, Credit, Observation, Shape, Start
 
 GRAPHS = policy.shapes(8, 63, GRAPH_SIZES)
 FREE = policy.shapes(8, 32, FREE_SIZES)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm import SpecVLM, growth, prune
-from specvlm.bench import data, quality
-from specvlm.bench.journal import Journal
-from specvlm.bench.methods import METHODS
-from specvlm.engine import bundled
-from specvlm.rows import Rows
+from specvlm import SpecVLM, prune
+from specvlm.core.rows import Rows
+from specvlm.engine.api import bundled
+from specvlm.speculate import growth
+from specvlm_bench import data, quality
+from specvlm_bench.journal import Journal
+from specvlm_bench.methods import METHODS
 from training.data import positions
 
 SWEEP = [

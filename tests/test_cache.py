@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from specvlm.cache import KVCache
-from specvlm.errors import CapacityError
+from specvlm.core.errors import CapacityError
+from specvlm.runtime.kv import KVCache
 
 
 def rows(*values):

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
-from specvlm import CapacityError, SpecVLM, SpecVLMError, UnsupportedModel, checkpoint
-from specvlm.model import VideoLM
+from specvlm import CapacityError, SpecVLM, SpecVLMError, UnsupportedModel
+from specvlm.runtime import checkpoint
+from specvlm.runtime.model import VideoLM
 
 SOURCE = Path(tiny.checkpoint("qwen2_5_vl"))
 WEIGHTS = "model.safetensors"

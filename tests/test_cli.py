@@ -13,10 +13,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from specvlm import EngineConfig, SpecVLM, cli, draft, prune
-from specvlm import inspect as inspection
-from specvlm.engine import bundled
-from specvlm.sources import DEFAULT_PROMPT
+from specvlm import EngineConfig, SpecVLM, prune
+from specvlm.check import inspect as inspection
+from specvlm.cli import main as cli
+from specvlm.engine.api import bundled
+from specvlm.engine.sources import DEFAULT_PROMPT
+from specvlm.speculate import draft
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PAIR = ("--target", TARGET, "--draft", tiny.checkpoint("qwen2_5_vl", "near"))
@@ -222,7 +224,7 @@ def test_words_may_stand_behind_options_also_those_that_look_like_options(comman
 
 def test_help_and_bad_options_import_no_torch():
     script = (
-        "import sys; from specvlm.cli import main\n"
+        "import sys; from specvlm.cli.main import main\n"
         "assert main(['describe', 'x', '--keep-ratio', '2']) == main(['describe', 'no.mp4']) == 2\n"
         "try: main(['describe', '--help'])\n"
         "finally: assert not {'torch', 'transformers', 'av'} & set(sys.modules)"
@@ -291,7 +293,7 @@ def test_compare_says_where_the_answers_part(run, clip, monkeypatch, options):
 
 
 def test_compare_sees_a_text_that_ends_early():
-    from specvlm.compare import first_difference
+    from specvlm.check.compare import first_difference
 
     class Model:
         class target:

@@ -14,11 +14,11 @@ import media
 import pytest
 
 from specvlm import ConfigError
-from specvlm.bench import data
-from specvlm.bench.data import hub
-from specvlm.bench.presets import PRESETS, preset
-from specvlm.config import EngineConfig, VideoConfig
+from specvlm.core.config import EngineConfig, VideoConfig
 from specvlm.media import load
+from specvlm_bench import data
+from specvlm_bench.data import hub
+from specvlm_bench.presets import PRESETS, preset
 
 needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason='needs pip install "specvlm[bench]"')
 GOOD = {"id": "a", "video": "one.mp4", "prompt": "What happens?"}

@@ -7,22 +7,25 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SamplingConfig, SpecVLM, model, policy, prune, tree
-from specvlm.account import Decision
-from specvlm.costs import FREE_SIZES, GRAPH_SIZES, measure
-from specvlm.draft import Context, DraftWarning, create, kind
-from specvlm.engine import bundled
-from specvlm.explain import explain
-from specvlm.graphs import Workspace
-from specvlm.growth import best, merged
+from specvlm import ConfigError, SamplingConfig, SpecVLM, prune
+from specvlm.core import tree
+from specvlm.core.rows import Rows, ancestors, ancestors_on_device
+from specvlm.core.tree import Shape
+from specvlm.engine.account import Decision
+from specvlm.engine.api import bundled
+from specvlm.engine.explain import explain
 from specvlm.kernels import quant
-from specvlm.lookup import Lookup
-from specvlm.model import VideoLM
-from specvlm.policy import PLAIN, Choice
-from specvlm.rows import Rows, ancestors, ancestors_on_device
-from specvlm.session import FusedSession
-from specvlm.tree import Shape
-from specvlm.verify import Draft
+from specvlm.runtime import model
+from specvlm.runtime.graphs import Workspace
+from specvlm.runtime.model import VideoLM
+from specvlm.runtime.session import FusedSession
+from specvlm.speculate import policy
+from specvlm.speculate.costs import FREE_SIZES, GRAPH_SIZES, measure
+from specvlm.speculate.draft import Context, DraftWarning, create, kind
+from specvlm.speculate.growth import best, merged
+from specvlm.speculate.ngrams import Lookup
+from specvlm.speculate.policy import PLAIN, Choice
+from specvlm.speculate.verify import Draft
 
 PROMPT = "What happens in the video?"
 
@@ -128,7 +131,7 @@ def test_kept_tokens_are_chosen_anew(pair):
         return drafters[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specvlm.drafts.drafting.create", watched)
+        patch.setattr("specvlm.engine.drafts.drafting.create", watched)
         rounds = pair.decode(request, start)
         next(rounds)
         next(rounds)

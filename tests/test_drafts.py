@@ -6,13 +6,14 @@ import pytest
 import tiny
 from conftest import load
 
-from specvlm import SpecVLM, drafts
-from specvlm.draft import ModelDrafter, create
-from specvlm.lengths import Lengths
-from specvlm.memory import Memory, Recent, StepTimes
-from specvlm.pace import Costs
-from specvlm.policy import Auto, Choice, Fixed
-from specvlm.tree import PLAIN, parse
+from specvlm import SpecVLM
+from specvlm.core.tree import PLAIN, parse
+from specvlm.engine import drafts
+from specvlm.speculate.draft import ModelDrafter, create
+from specvlm.speculate.lengths import Lengths
+from specvlm.speculate.memory import Memory, Recent, StepTimes
+from specvlm.speculate.pace import Costs
+from specvlm.speculate.policy import Auto, Choice, Fixed
 
 PROMPT = "What happens in the video?"
 PLAIN_MS = 10.0
@@ -45,8 +46,8 @@ def asked(monkeypatch):
         made.append(create(*args))
         return made[-1]
 
-    monkeypatch.setattr("specvlm.engine.Drafts", Timed)
-    monkeypatch.setattr("specvlm.drafts.drafting.create", watched)
+    monkeypatch.setattr("specvlm.engine.api.Drafts", Timed)
+    monkeypatch.setattr("specvlm.engine.drafts.drafting.create", watched)
     return made
 
 

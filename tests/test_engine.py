@@ -12,13 +12,16 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, UnsupportedModel, growth, policy, prune, reference, tree, verify
-from specvlm.account import Seconds
-from specvlm.draft import DRAFTERS, Context, Drafter, create
-from specvlm.engine import _first_score_row
-from specvlm.errors import CapacityError
-from specvlm.model import VideoLM
-from specvlm.rows import ancestors
+from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune
+from specvlm.check import reference
+from specvlm.core import tree
+from specvlm.core.errors import CapacityError
+from specvlm.core.rows import ancestors
+from specvlm.engine.account import Seconds
+from specvlm.engine.api import _first_score_row
+from specvlm.runtime.model import VideoLM
+from specvlm.speculate import growth, policy, verify
+from specvlm.speculate.draft import DRAFTERS, Context, Drafter, create
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -425,7 +428,7 @@ SAMPLINGS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore::specvlm.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "sampled", "filtered"])
 def test_no_drafter_changes_the_text(pair, sampling):
     """Every drafter in every way of sampling: the very tokens of plain decoding with the same seed."""
@@ -541,7 +544,7 @@ def test_the_account_adds_up(pair):
 
 def test_a_stage_within_a_stage_is_counted_once(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("specvlm.account.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("specvlm.engine.account.time.perf_counter", lambda: next(clock))
     seconds = Seconds()
     with seconds.stage("decode"):  # from 1
         with seconds.stage("capture"):  # from 2 to 3
@@ -576,7 +579,8 @@ def test_a_hub_ids_processor_files_are_read(tmp_path):
     shutil.copytree(tiny.checkpoint("qwen2_5_vl", "draft"), snapshot)
     (tmp_path / "hub" / "models--acme--tiny" / "refs").mkdir()
     (tmp_path / "hub" / "models--acme--tiny" / "refs" / "main").write_text("0123" * 10)
-    code = "from specvlm.model import VideoLM; print(VideoLM.from_pretrained('acme/tiny').family.settings['video'])"
+    known = "from specvlm.runtime.model import VideoLM"
+    code = f"{known}; print(VideoLM.from_pretrained('acme/tiny').family.settings['video'])"
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(load("qwen2_5_vl", "draft").family.settings["video"])

@@ -18,13 +18,14 @@ import torch
 from conftest import load
 from transformers import AutoConfig, AutoTokenizer
 
-from specvlm import SpecVLM, reference
-from specvlm.errors import ConfigError, MediaError, UnsupportedModel
+from specvlm import SpecVLM
+from specvlm.check import reference
+from specvlm.core.errors import ConfigError, MediaError, UnsupportedModel
 from specvlm.families import family_for
 from specvlm.families.base import Inputs, Prompt
 from specvlm.families.pixels import Budget, Limits, fit
 from specvlm.media import Frames
-from specvlm.model import VideoLM
+from specvlm.runtime.model import VideoLM
 
 ORACLE = Path(sys.prefix) / "oracle"
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -20,8 +20,8 @@ from media import fails, make_video, picture
 from PIL import Image
 
 from specvlm import ConfigError, VideoConfig
+from specvlm.cli.progress import no_litter
 from specvlm.media import Frames, MediaWarning, download, fetch, load
-from specvlm.status import no_litter
 
 C = VideoConfig
 

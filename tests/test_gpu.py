@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 
-from specvlm import SpecVLM, reference, tree
-from specvlm.model import VideoLM
+from specvlm import SpecVLM
+from specvlm.check import reference
+from specvlm.core import tree
+from specvlm.runtime.model import VideoLM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +58,7 @@ def test_fp32_is_lossless_wherever_the_draft_sits(family, draft_device):
 
 
 @TWO_GPUS
-@pytest.mark.filterwarnings("ignore::specvlm.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize("places", [("cuda:1", "cuda:0"), ("cuda:1", "cuda:1"), ("cuda:1", "cpu"), ("cpu", "cuda:1")])
 def test_whichever_gpu_is_current(family, places, current):
@@ -100,7 +102,7 @@ def test_threads_capture_one_after_another(family):
     assert answers == [plain] * len(trees)
 
 
-@pytest.mark.filterwarnings("ignore::specvlm.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 20, "seed": 1}, {"repetition_penalty": 1.3}])
 def test_fp32_is_lossless_with_every_drafter(family, sampling):
     model = load_pair(family)
@@ -211,7 +213,7 @@ def test_a_round_waits_for_the_gpu_once_and_allocates_nothing(family, changed):
 def test_long_prompts_are_prefilled_in_chunks(family, monkeypatch):
     model = load_pair(family)
     whole = model.prefill(model.request(tiny.video(8), PROMPT))
-    monkeypatch.setattr("specvlm.session.PREFILL_ROWS", 17)
+    monkeypatch.setattr("specvlm.runtime.session.PREFILL_ROWS", 17)
     parts = model.prefill(model.request(tiny.video(8), PROMPT))
     torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=2e-3)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=0, atol=1e-5)

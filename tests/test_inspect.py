@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from specvlm import EngineConfig, SpecVLM, VideoConfig
-from specvlm import inspect as inspection
-from specvlm.engine import bundled
-from specvlm.inspect import Inspection, lay_out
+from specvlm.check import inspect as inspection
+from specvlm.check.inspect import Inspection, lay_out
+from specvlm.engine.api import bundled
 from specvlm.media import load
 
 PROMPT = "Which shapes touch?"

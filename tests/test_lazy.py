@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from specvlm import draft, names, prune
+from specvlm import prune
+from specvlm.core import names
 from specvlm.kernels import quant
-from specvlm.model import resolve_dtype
+from specvlm.runtime.model import resolve_dtype
+from specvlm.speculate import draft
 
 HEAVY = ("torch", "transformers", "av", "numpy", "matplotlib", "datasets", "huggingface_hub", "PIL")
 SPEED = "bench speed"
@@ -87,7 +89,7 @@ BAD = {  # a command line, and what its one line says
 }
 ALL = """
 import contextlib, io, json, sys
-from specvlm.cli import main
+from specvlm.cli.main import main
 for line in json.load(sys.stdin):
     before, err = set(sys.modules), io.StringIO()
     with contextlib.redirect_stderr(err):
@@ -123,7 +125,7 @@ def test_the_names_told_without_torch_are_those_that_are_registered():
     assert {name for name, found in prune.PRUNERS.items() if found.__module__ == prune.__name__} == {*names.PRUNERS}
     built_in = {name: cls for name, cls in draft.DRAFTERS.items() if cls.__module__ == draft.__name__}
     assert {name: cls.prunes for name, cls in built_in.items()} == names.DRAFTERS
-    from specvlm.bench import peers, planted
+    from specvlm_bench import peers, planted
 
     assert {*peers.PEERS} == {*names.PEERS}
     assert {*planted.RANKS} - {"self"} | {"changing"} == {*names.PLANTED_DRAFTS}
@@ -134,7 +136,7 @@ def test_the_names_told_without_torch_are_those_that_are_registered():
 
 
 def test_a_name_that_a_file_registers_is_known_once_it_ran(tmp_path, capsys):
-    from specvlm import cli
+    from specvlm.cli import main as cli
 
     file = tmp_path / "mine.py"
     file.write_text("")
@@ -158,7 +160,7 @@ except Found: print(*sorted(set(sys.modules) - before))
 
 def test_nothing_is_imported_before_ctrl_c_is_a_line():
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["__future__", "specvlm", "specvlm.__main__", "specvlm.interrupts"]
+    assert done.stdout.split() == ["__future__", "specvlm", "specvlm.__main__", "specvlm.cli", "specvlm.cli.interrupts"]
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.4])

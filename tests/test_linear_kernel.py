@@ -16,15 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from specvlm.errors import ConfigError
+from specvlm.core.errors import ConfigError
 from specvlm.kernels import linear as module
-from specvlm.kernels.linear import (
-    LinearPlan,
-    linear,
-    linear_reference,
-    plan_linear,
-    stream_linear,
-)
+from specvlm.kernels.linear import LinearPlan, linear, linear_reference, plan_linear, stream_linear
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SINGLE = torch.float16 if torch.cuda.is_available() else torch.float32

@@ -28,11 +28,11 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 
 from specvlm import CapacityError, ConfigError, EngineConfig, MediaError, SpecVLM, UnsupportedModel
-from specvlm.account import Speculation, Usage
-from specvlm.config import VideoConfig
+from specvlm.core.config import VideoConfig
+from specvlm.engine.account import Speculation, Usage
 from specvlm.families import parse
-from specvlm.lmms import model as adapter
-from specvlm.lmms.model import LmmsModel, to_settings
+from specvlm.integrations.lmms import model as adapter
+from specvlm.integrations.lmms.model import LmmsModel, to_settings
 from specvlm.media import load as load_media
 
 ROOT = Path(__file__).parent.parent
@@ -115,13 +115,13 @@ def say(text):
 
 def test_the_entry_point_leads_to_the_model():
     (entry,) = [entry for entry in entry_points(group="lmms_eval.models") if entry.name == "specvlm"]
-    assert entry.value == "specvlm.lmms:manifest"
+    assert entry.value == "specvlm.integrations.lmms:manifest"
     assert entry.load()().model_id == "specvlm"
     assert lmms_eval.models.get_model("specvlm") is LmmsModel
 
 
 @pytest.mark.parametrize(
-    ("imported", "absent"), [("specvlm.cli, specvlm.engine", "lmms_eval"), ("lmms_eval.models", "torch")]
+    ("imported", "absent"), [("specvlm.cli.main, specvlm.engine.api", "lmms_eval"), ("lmms_eval.models", "torch")]
 )
 def test_neither_imports_the_other_before_it_is_chosen(imported, absent):
     code = f"import {imported}, sys; assert {absent!r} not in sys.modules"

@@ -8,10 +8,13 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, attention, cli, reference
-from specvlm.lossless import WAYS, verify
-from specvlm.model import VideoLM
-from specvlm.verify import Verifier
+from specvlm import ConfigError, SpecVLM
+from specvlm.check import reference
+from specvlm.check.lossless import WAYS, verify
+from specvlm.cli import main as cli
+from specvlm.runtime import attention
+from specvlm.runtime.model import VideoLM
+from specvlm.speculate.verify import Verifier
 
 PROMPT = "What happens in the video?"
 SHORT = {"max_new_tokens": 24}
@@ -134,7 +137,7 @@ def test_a_video_that_cannot_be_read_and_a_part_of_one(argv, tmp_path, capsys):
 
 
 def test_a_difference_is_exit_status_1(argv, capsys, monkeypatch):
-    monkeypatch.setattr("specvlm.lossless._generated", lambda *args: (1, 2))
+    monkeypatch.setattr("specvlm.check.lossless._generated", lambda *args: (1, 2))
     common, clip, _ = argv
     assert cli.main([*common, clip]) == 1
     out = capsys.readouterr().out

@@ -13,7 +13,8 @@ import tiny
 import torch
 from PIL import Image
 
-from specvlm import ConfigError, SpecVLM, sources
+from specvlm import ConfigError, SpecVLM
+from specvlm.engine import sources
 from specvlm.families import Limits, family_for
 
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import tiny
 
-from specvlm import CapacityError, SpecVLM, cli, console
-from specvlm.draft import DRAFTERS
-from specvlm.effects import SettingWarning
-from specvlm.fit import FitWarning
+from specvlm import CapacityError, SpecVLM
+from specvlm.cli import console
+from specvlm.cli import main as cli
+from specvlm.engine.effects import SettingWarning
+from specvlm.engine.fit import FitWarning
+from specvlm.engine.text import Chunk
 from specvlm.prune import PRUNERS
-from specvlm.text import Chunk
+from specvlm.speculate.draft import DRAFTERS
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 MODEL = ("--target", TARGET)
@@ -182,7 +184,7 @@ def test_frames_become_smaller_where_few_are_left():
 
 
 def test_memory_names_settings_in_python_and_options_here():
-    from specvlm.errors import memory_errors
+    from specvlm.core.errors import memory_errors
 
     with pytest.raises(CapacityError, match=r"fewer frames \(num_frames, fps\)") as caught, memory_errors():
         raise MemoryError
@@ -208,7 +210,7 @@ def test_verify_tells_a_file_that_cannot_be_read_from_a_difference(run, monkeypa
         code, out, _ = run("verify", "bad.mp4", *PAIR, *SHORT, "--json")
         assert code == 2
         assert (json.loads(out)["lossless"], json.loads(out)["not_answered"]) == (None, 1)
-        monkeypatch.setattr("specvlm.lossless.Proof.is_lossless", False)
+        monkeypatch.setattr("specvlm.check.lossless.Proof.is_lossless", False)
         assert run("verify", "a.mp4", "bad.mp4", *PAIR, *SHORT)[0] == 1
     finally:
         bad.unlink()
@@ -224,8 +226,8 @@ def test_json_holds_decisions_only_on_demand(run):
 
 OWN = """
 from specvlm import pruner
-from specvlm.draft import Drafter, drafter
-from specvlm.verify import Draft
+from specvlm.speculate.draft import Drafter, drafter
+from specvlm.speculate.verify import Draft
 
 @pruner("newest", scored=False)
 def newest(scores, grid, count):
@@ -296,7 +298,7 @@ def test_every_text_can_be_written(monkeypatch, encoding, folder):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     chunk = Chunk("caf\u00e9 \u4e2d \udcff", (1,), "length")
-    monkeypatch.setattr("specvlm.text.TextStream.add", lambda *_: chunk)
+    monkeypatch.setattr("specvlm.engine.text.TextStream.add", lambda *_: chunk)
     assert cli.main(["describe", "a.mp4", *MODEL, "--max-new-tokens", "1"]) == 0
     text = raw.getvalue().decode(encoding)
     assert text == {
@@ -344,7 +346,7 @@ def test_a_full_stdout_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("moment", [0.0, 0.3])
 def test_an_interrupt_at_the_start_is_one_line(moment):
     slow = "c.main = lambda: print(1, flush=True) or time.sleep(9)"
-    script = f"import time, specvlm.__main__ as m, specvlm.cli as c\n{slow}\nm.run()"
+    script = f"import time, specvlm.__main__ as m, specvlm.cli.main as c\n{slow}\nm.run()"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         time.sleep(moment)

@@ -12,7 +12,7 @@ import torch
 from conftest import load
 
 from specvlm import CapacityError, ConfigError, MediaError, SpecVLM, UnsupportedModel
-from specvlm.errors import Advice
+from specvlm.core.errors import Advice
 
 
 @pytest.fixture(scope="module")

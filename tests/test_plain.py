@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from specvlm import SpecVLM, UnsupportedModel
-from specvlm.model import VideoLM
-from specvlm.plain import is_plain
-from specvlm.session import HFSession
-from specvlm.vision import FrameBatches
+from specvlm.core.plain import is_plain
+from specvlm.families.qwen_tower import FrameBatches
+from specvlm.runtime.model import VideoLM
+from specvlm.runtime.session import HFSession
 
 PROMPT = "What happens in the video?"
 

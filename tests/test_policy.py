@@ -14,10 +14,11 @@ import time
 import numpy as np
 import pytest
 
-from specvlm import policy, tree
-from specvlm.errors import ConfigError
-from specvlm.pace import Costs, Pace
-from specvlm.policy import NUM_RANKS, PLAIN, Acceptance, Auto, Choice, Fixed, Observation, Shape
+from specvlm.core import tree
+from specvlm.core.errors import ConfigError
+from specvlm.speculate import policy
+from specvlm.speculate.pace import Costs, Pace
+from specvlm.speculate.policy import NUM_RANKS, PLAIN, Acceptance, Auto, Choice, Fixed, Observation, Shape
 
 GOOD = (0.70, 0.12, 0.05, 0.03)
 HOPELESS = (0.05, 0.02, 0.01, 0.01)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from specvlm import prune
-from specvlm.config import PruneConfig
-from specvlm.errors import ConfigError
+from specvlm.core.config import PruneConfig
+from specvlm.core.errors import ConfigError
 
 
 def cells(steps, rows, columns):

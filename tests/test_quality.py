@@ -16,11 +16,14 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import ConfigError, SpecVLM, account, cli, prune, reference
-from specvlm.bench import journal, methods, quality
-from specvlm.bench.data import Data, Problem, Sample
-from specvlm.bench.journal import Journal
-from specvlm.errors import CapacityError
+from specvlm import ConfigError, SpecVLM, prune
+from specvlm.check import reference
+from specvlm.cli import main as cli
+from specvlm.core.errors import CapacityError
+from specvlm.engine import account
+from specvlm_bench import journal, methods, quality
+from specvlm_bench.data import Data, Problem, Sample
+from specvlm_bench.journal import Journal
 
 LENGTH = 24
 TIMES = ("seconds", "ms_per_token", "peak_memory_bytes")

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from specvlm.errors import ConfigError
+from specvlm.core.errors import ConfigError
+from specvlm.core.names import QUANTS
 from specvlm.kernels import linear as streaming
 from specvlm.kernels import quant as module
 from specvlm.kernels.linear import linear
@@ -35,7 +36,6 @@ from specvlm.kernels.quant import (
     squares_of,
     stream_quant,
 )
-from specvlm.names import QUANTS
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SINGLE = torch.float16 if torch.cuda.is_available() else torch.float32

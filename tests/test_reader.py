@@ -19,8 +19,8 @@ import torch
 from media import HEIGHT, WIDTH, make_video, make_with_still, numbers, picture
 from PIL import Image
 
-from specvlm.config import VideoConfig
-from specvlm.errors import MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import MediaError
 from specvlm.media import MediaWarning, frames, load
 from specvlm.media.clip import Clip
 from specvlm.media.decoder import Decoder
@@ -382,7 +382,7 @@ def test_peak_memory_is_bounded_by_what_is_returned(tmp_path: Path):
     (tmp_path / "canvas.gif").write_bytes(_gif(4000, 4000, 200))  # 4.6 kB; 46 MiB a frame in RGB, 9 GiB in all
     program = (
         "import resource, sys\n"
-        "from specvlm.config import VideoConfig\n"
+        "from specvlm.core.config import VideoConfig\n"
         "from specvlm.media import load\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(load(sys.argv[1], VideoConfig(num_frames=2, end=0.5)).pixels.nbytes)\n"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from specvlm import cli, prune
-from specvlm.draft import DRAFTERS
+from specvlm import prune
+from specvlm.cli import main as cli
+from specvlm.speculate.draft import DRAFTERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

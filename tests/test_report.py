@@ -17,10 +17,10 @@ import runs
 from PIL import Image
 
 from specvlm import ConfigError
-from specvlm.bench import style
-from specvlm.bench.report import build, figures, page, protocol, render, results, stats, tables
-from specvlm.bench.report.render import Column, Count, Table
-from specvlm.bench.report.stats import Estimate
+from specvlm_bench import style
+from specvlm_bench.report import build, figures, page, protocol, render, results, stats, tables
+from specvlm_bench.report.render import Column, Count, Table
+from specvlm_bench.report.stats import Estimate
 
 pytest.importorskip("matplotlib")
 
@@ -645,7 +645,7 @@ def test_folders_that_are_no_runs(tmp_path):
 
 
 def test_the_package_is_imported_without_what_only_drawing_needs():
-    code = "import sys, specvlm.bench.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, specvlm_bench.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -8,7 +8,7 @@ import tiny
 from transformers import AutoConfig
 
 from specvlm import SpecVLM, UnsupportedModel
-from specvlm.model import check_text
+from specvlm.runtime.model import check_text
 
 HALF = 8  # numbers of a head's half in the tiny models
 SERVED = {

@@ -9,9 +9,10 @@ from conftest import load
 from test_engine import PROMPT, ask, transformers_ids
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
-from specvlm import SpecVLM, UnsupportedModel, reference
-from specvlm.model import VideoLM
-from specvlm.rules import NOT_OBEYED, OBEYED, OURS, WITHOUT_EFFECT, RulesWarning
+from specvlm import SpecVLM, UnsupportedModel
+from specvlm.check import reference
+from specvlm.runtime.model import VideoLM
+from specvlm.runtime.rules import NOT_OBEYED, OBEYED, OURS, WITHOUT_EFFECT, RulesWarning
 
 EOS, PAD = tiny.tokenizer(tiny.QWEN_PLACEHOLDER).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 FAMILY = "qwen2_5_vl"

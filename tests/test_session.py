@@ -9,11 +9,13 @@ import tiny
 import torch
 from conftest import load
 
-from specvlm import SpecVLM, graphs, tree
-from specvlm.decoder import Decoder, is_supported
-from specvlm.graphs import Workspaces
-from specvlm.model import VideoLM
-from specvlm.session import FusedSession, HFSession
+from specvlm import SpecVLM
+from specvlm.core import tree
+from specvlm.runtime import graphs
+from specvlm.runtime.decoder import Decoder, is_supported
+from specvlm.runtime.graphs import Workspaces
+from specvlm.runtime.model import VideoLM
+from specvlm.runtime.session import FusedSession, HFSession
 
 PROMPT = "What happens in the video?"
 TREES = ("chain:1", "chain:5", "paper", "0,1,2,00,01,02,020")
@@ -64,7 +66,7 @@ def test_eager_answers_are_the_same(pair):
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_a_prefill_in_chunks_is_the_prefill(pair, monkeypatch, eager, size):
     whole = prefilled(pair, eager=eager)
-    monkeypatch.setattr("specvlm.session.PREFILL_ROWS", size)
+    monkeypatch.setattr("specvlm.runtime.session.PREFILL_ROWS", size)
     parts = prefilled(pair, eager=eager)
     close(parts.logits, whole.logits)
     close(parts.scores, whole.scores, 1e-6)

@@ -18,8 +18,8 @@ import torch
 from conftest import load
 
 from specvlm import ConfigError, SpecVLM, SpecVLMError
-from specvlm.config import EngineConfig, SamplingConfig, VideoConfig, parsed
-from specvlm.model import resolve_device, resolve_dtype
+from specvlm.core.config import EngineConfig, SamplingConfig, VideoConfig, parsed
+from specvlm.runtime.model import resolve_device, resolve_dtype
 
 
 class Name(str):

@@ -16,9 +16,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from specvlm import ConfigError, SpecVLM, cli
-from specvlm.account import Decision
-from specvlm.bench import (
+from specvlm import ConfigError, SpecVLM
+from specvlm.cli import main as cli
+from specvlm.core.config import EngineConfig
+from specvlm.core.errors import CapacityError
+from specvlm.core.names import PLANTED_DRAFTS
+from specvlm.core.tree import PLAIN, Shape, parse
+from specvlm.engine.account import Decision
+from specvlm.engine.api import bundled
+from specvlm.kernels.quant import QuantWeight, dequantize
+from specvlm.runtime.model import VideoLM
+from specvlm.speculate.growth import round_passes
+from specvlm.speculate.pace import Costs
+from specvlm.speculate.policy import Auto, Choice
+from specvlm_bench import (
     answers,
     choices,
     clips,
@@ -33,20 +44,10 @@ from specvlm.bench import (
     steps,
     summary,
 )
-from specvlm.bench import vllm_plain as vllm
-from specvlm.bench.choices import Change, Chosen
-from specvlm.bench.subjects import CheckpointSource, PlantedSource
-from specvlm.bench.sweep import ENGINE_METHODS, Cell, Layers, Sweep
-from specvlm.config import EngineConfig
-from specvlm.engine import bundled
-from specvlm.errors import CapacityError
-from specvlm.growth import round_passes
-from specvlm.kernels.quant import QuantWeight, dequantize
-from specvlm.model import VideoLM
-from specvlm.names import PLANTED_DRAFTS
-from specvlm.pace import Costs
-from specvlm.policy import Auto, Choice
-from specvlm.tree import PLAIN, Shape, parse
+from specvlm_bench import vllm_plain as vllm
+from specvlm_bench.choices import Change, Chosen
+from specvlm_bench.subjects import CheckpointSource, PlantedSource
+from specvlm_bench.sweep import ENGINE_METHODS, Cell, Layers, Sweep
 
 PAIRS = ("qwen2.5-vl-32b/7b", "qwen3-vl-8b/2b", "llava-onevision-7b/0.5b")
 CPU = torch.device("cpu")
@@ -614,7 +615,7 @@ def test_plain_decoding_runs_beside_every_hopeless_draft(monkeypatch):
 
 def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
     cheap = Costs({1: 10.0, 64: 11.0}, first=1.0, level={1: 1.0, 8: 1.0})
-    monkeypatch.setattr("specvlm.memory.StepTimes.get", lambda self, target, draft: cheap)
+    monkeypatch.setattr("specvlm.speculate.memory.StepTimes.get", lambda self, target, draft: cheap)
     learn = Auto.learn  # from what came of rounds, not from how long they take here
 
     def as_they_should(self, choice, seen, num_tokens, ms):

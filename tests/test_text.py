@@ -7,7 +7,7 @@ import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from specvlm.text import TextStream
+from specvlm.engine.text import TextStream
 
 TOKENIZER = tiny.tokenizer(tiny.QWEN_PLACEHOLDER)
 EOS = TOKENIZER.convert_tokens_to_ids("<|im_end|>")

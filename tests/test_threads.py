@@ -7,7 +7,8 @@ import pytest
 import tiny
 from conftest import load
 
-from specvlm import SpecVLM, reference
+from specvlm import SpecVLM
+from specvlm.check import reference
 
 THREADS = 4
 LENGTH = 6

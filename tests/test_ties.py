@@ -5,7 +5,7 @@ import tiny
 from conftest import load
 
 from specvlm import ConfigError, SpecVLM
-from specvlm.ties import _judge, _Text, ties
+from specvlm.check.ties import _judge, _Text, ties
 
 PROMPT = "What happens in the video?"
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from specvlm import tree
-from specvlm.errors import ConfigError
-from specvlm.rows import Rows, ancestors
+from specvlm.core import tree
+from specvlm.core.errors import ConfigError
+from specvlm.core.rows import Rows, ancestors
 
 
 def test_paper_tree_is_the_published_one():

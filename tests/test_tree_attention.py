@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specvlm import kernels, tree
-from specvlm.errors import ConfigError
+from specvlm import kernels
+from specvlm.core import tree
+from specvlm.core.errors import ConfigError
+from specvlm.core.rows import ancestors
 from specvlm.kernels import tree_attention as module
 from specvlm.kernels.tree_attention import (
     Config,
@@ -18,7 +20,6 @@ from specvlm.kernels.tree_attention import (
     tree_attention_reference,
     workspace_for,
 )
-from specvlm.rows import ancestors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALING = 0.2

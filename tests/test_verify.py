@@ -11,10 +11,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specvlm import tree, verify
-from specvlm.config import SamplingConfig
-from specvlm.rows import Rows
-from specvlm.verify import Accepted, Chooser, Draft, Verifier, accept, gumbel
+from specvlm.core import tree
+from specvlm.core.config import SamplingConfig
+from specvlm.core.rows import Rows
+from specvlm.speculate import verify
+from specvlm.speculate.verify import Accepted, Chooser, Draft, Verifier, accept, gumbel
 
 PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 

@@ -20,8 +20,8 @@ import torch
 from media import HEIGHT, WIDTH, fails, make_audio, make_video, number, numbers, picture, reference, served
 from PIL import Image
 
-from specvlm.config import VideoConfig
-from specvlm.errors import ConfigError, MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import ConfigError, MediaError
 from specvlm.media import Frames, MediaWarning, fetch, frames, load, reader
 from specvlm.media.clip import Entry
 
@@ -786,7 +786,7 @@ def test_peak_memory_follows_the_wanted_frames(folder: Path):
     path = make_video(folder / "hd.mp4", 60, size=(1280, 720), options={"preset": "ultrafast"}, rate=30)
     program = (
         "import resource, sys\n"
-        "from specvlm.config import VideoConfig\n"
+        "from specvlm.core.config import VideoConfig\n"
         "from specvlm.media import load\n"
         "load(sys.argv[1], VideoConfig(num_frames=1))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
-from specvlm import vision
 from specvlm.families import family_for, pixels
+from specvlm.families import qwen_tower as vision
 
 QWEN = [name for name in tiny.FAMILIES if name != "llava_onevision"]
 LAYERS = 2  # of the tiny towers

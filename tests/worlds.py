@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from specvlm.lengths import Lengths
-from specvlm.pace import Costs, Pace
-from specvlm.policy import Acceptance, Auto, Credit, Start
+from specvlm.speculate.lengths import Lengths
+from specvlm.speculate.pace import Costs, Pace
+from specvlm.speculate.policy import Acceptance, Auto, Credit, Start
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ TYPE_CHECKING = False  # as in typing, whose import takes 10 ms in which Ctrl-C 
 if TYPE_CHECKING:
     from typing import Any
 
-    from specvlm.account import Generation
-    from specvlm.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfig, VideoConfig
-    from specvlm.engine import Round, SpecVLM
-    from specvlm.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
+    from specvlm.core.config import DraftConfig, EngineConfig, PruneConfig, SamplingConfig, VideoConfig
+    from specvlm.core.errors import CapacityError, ConfigError, MediaError, SpecVLMError, UnsupportedModel
+    from specvlm.engine.account import Generation
+    from specvlm.engine.api import Round, SpecVLM
+    from specvlm.engine.request import Request
+    from specvlm.engine.text import Chunk
     from specvlm.media import Frames
     from specvlm.prune import pruner
-    from specvlm.request import Request
-    from specvlm.text import Chunk
 
 __all__ = [
     "CapacityError",
@@ -36,22 +36,22 @@ __all__ = [
 ]
 
 _HOMES = {  # modules are imported when a name is first asked for: some need torch, which takes 3 to 5 seconds
-    "CapacityError": "errors",
-    "Chunk": "text",
-    "ConfigError": "errors",
-    "DraftConfig": "config",
-    "EngineConfig": "config",
+    "CapacityError": "core.errors",
+    "Chunk": "engine.text",
+    "ConfigError": "core.errors",
+    "DraftConfig": "core.config",
+    "EngineConfig": "core.config",
     "Frames": "media",
-    "Generation": "account",
-    "MediaError": "errors",
-    "PruneConfig": "config",
-    "Request": "request",
-    "Round": "engine",
-    "SamplingConfig": "config",
-    "SpecVLM": "engine",
-    "SpecVLMError": "errors",
-    "UnsupportedModel": "errors",
-    "VideoConfig": "config",
+    "Generation": "engine.account",
+    "MediaError": "core.errors",
+    "PruneConfig": "core.config",
+    "Request": "engine.request",
+    "Round": "engine.api",
+    "SamplingConfig": "core.config",
+    "SpecVLM": "engine.api",
+    "SpecVLMError": "core.errors",
+    "UnsupportedModel": "core.errors",
+    "VideoConfig": "core.config",
     "pruner": "prune",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specvlm.interrupts import leave_on_interrupt
+from specvlm.cli.interrupts import leave_on_interrupt
 
 TYPE_CHECKING = False  # as in typing, which is imported once Ctrl-C is a line
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ def run() -> NoReturn:
     leave_on_interrupt()
     import sys
 
-    from specvlm.cli import main
+    from specvlm.cli.main import main
 
     sys.exit(main())
 

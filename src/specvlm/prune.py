@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm import checks
-from specvlm.config import PruneConfig, shown
-from specvlm.errors import ConfigError, SpecVLMError, one_line
+from specvlm.core import checks
+from specvlm.core.config import PruneConfig, shown
+from specvlm.core.errors import ConfigError, SpecVLMError, one_line
 
 Pruner = Callable[..., Tensor]
 PRUNERS: dict[str, Pruner] = {}

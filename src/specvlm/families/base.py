@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specvlm.errors import UnsupportedModel
+from specvlm.core.errors import UnsupportedModel
 from specvlm.families.messages import Message
 from specvlm.families.pixels import Limits
 from specvlm.media import Frames

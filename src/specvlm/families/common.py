@@ -13,7 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from specvlm.errors import ConfigError, UnsupportedModel, one_line
+from specvlm.core.errors import ConfigError, UnsupportedModel, one_line
 from specvlm.families.base import Features, Inputs, Prompt, Size, Visual
 from specvlm.families.messages import Message, parse, texts
 from specvlm.families.pixels import Limits, read_json

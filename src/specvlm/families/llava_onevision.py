@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specvlm import vision
-from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.core.errors import ConfigError, UnsupportedModel
+from specvlm.families import qwen_tower as vision
 from specvlm.families.base import Features, Inputs, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import Limits, normalize, processor_settings, resize

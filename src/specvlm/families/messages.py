@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specvlm.config import VideoConfig, parsed
-from specvlm.errors import ConfigError
+from specvlm.core.config import VideoConfig, parsed
+from specvlm.core.errors import ConfigError
 
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}
 

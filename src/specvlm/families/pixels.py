@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specvlm.config import VideoConfig
-from specvlm.errors import ConfigError, MediaError, UnsupportedModel
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import ConfigError, MediaError, UnsupportedModel
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

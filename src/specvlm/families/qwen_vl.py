@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specvlm import vision
-from specvlm.config import TEXT_POSITIONS, shown
-from specvlm.errors import ConfigError, UnsupportedModel
+from specvlm.core.config import TEXT_POSITIONS, shown
+from specvlm.core.errors import ConfigError, UnsupportedModel
+from specvlm.families import qwen_tower as vision
 from specvlm.families.base import Features, Inputs, Visual, counting, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message

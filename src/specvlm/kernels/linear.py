@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specvlm.errors import ConfigError
+from specvlm.core.errors import ConfigError
 from specvlm.kernels import HAS_TRITON
 
 if TYPE_CHECKING:

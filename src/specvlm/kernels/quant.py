@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specvlm.errors import ConfigError
+from specvlm.core.errors import ConfigError
+from specvlm.core.names import QUANTS
 from specvlm.kernels import HAS_TRITON
 from specvlm.kernels.linear import _HEAD_OUTPUTS, LinearPlan, _programs, _tiles, _workspace
-from specvlm.names import QUANTS
 
 GROUP = 128  # inputs that share a scale of int4
 MAX_ROWS = 64

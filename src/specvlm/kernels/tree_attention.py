@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specvlm.errors import ConfigError
+from specvlm.core.errors import ConfigError
 from specvlm.kernels import HAS_TRITON, has_pdl
 
 MAX_ROWS = 128  # a verification pass: the root and 127 tree nodes

@@ -11,7 +11,7 @@ import av.error
 import numpy as np
 import numpy.typing as npt
 
-from specvlm.config import DEFAULT_FPS, VideoConfig
+from specvlm.core.config import DEFAULT_FPS, VideoConfig
 from specvlm.media import ending
 from specvlm.media.frames import Data, Floats
 from specvlm.media.track import Track, Walk

@@ -8,7 +8,7 @@ from typing import Any
 import av
 import av.error
 
-from specvlm.errors import MediaError
+from specvlm.core.errors import MediaError
 from specvlm.media.content import described, head_of, line_of
 from specvlm.media.frames import Data
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from specvlm.config import VideoConfig
-from specvlm.errors import ConfigError, MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import ConfigError, MediaError
 from specvlm.media.content import line_of
 
 MAX_REDIRECTS = 5

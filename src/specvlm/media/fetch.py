@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from specvlm.config import VideoConfig
-from specvlm.errors import MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import MediaError
 from specvlm.media.content import head_of, line_of
 from specvlm.media.download import download, too_long, url_name
 from specvlm.media.frames import Data

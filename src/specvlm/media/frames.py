@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from specvlm.byvalue import ByValue
-from specvlm.config import DEFAULT_FPS, VideoConfig
-from specvlm.errors import MediaError
+from specvlm.core.byvalue import ByValue
+from specvlm.core.config import DEFAULT_FPS, VideoConfig
+from specvlm.core.errors import MediaError
 
 MAX_FRAME_BYTES = 16 << 30
 _MOST_TIMES = 10_000_000  # at which frames in memory are looked for

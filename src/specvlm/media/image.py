@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from specvlm.errors import MediaError
+from specvlm.core.errors import MediaError
 from specvlm.media.content import described, has_second, line_of
 from specvlm.media.frames import Data, MediaWarning, check_size
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from specvlm.config import VideoConfig
-from specvlm.errors import ConfigError, MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import ConfigError, MediaError
 from specvlm.media.content import is_still
 from specvlm.media.fetch import located
 from specvlm.media.frames import Frames, Source, check_size, from_array, from_frames, still, untimed

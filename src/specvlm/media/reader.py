@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specvlm.config import VideoConfig
-from specvlm.errors import MediaError
+from specvlm.core.config import VideoConfig
+from specvlm.core.errors import MediaError
 from specvlm.media.clip import Clip
 from specvlm.media.content import line_of
 from specvlm.media.decoder import Decoder

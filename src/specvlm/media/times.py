@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specvlm.config import DEFAULT_FPS, VideoConfig
+from specvlm.core.config import DEFAULT_FPS, VideoConfig
 from specvlm.media.frames import Floats, check_size, check_start, regular
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import av.error
 
-from specvlm.errors import MediaError
+from specvlm.core.errors import MediaError
 from specvlm.media.container import MAX_PICTURE_PIXELS, film_index, open_container, open_decoder
 from specvlm.media.content import head_of
 from specvlm.media.frames import Data

@@ -1,0 +1,1 @@
+"""Whether it is right, and what it sees."""

@@ -1,0 +1,1 @@
+"""What every room stands on: settings, errors, trees, checks that need no torch."""

@@ -1,0 +1,1 @@
+"""A model that runs passes: loading, layers, KV cache, graphs."""

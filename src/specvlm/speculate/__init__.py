@@ -1,0 +1,1 @@
+"""A model that is sped up: drafters, acceptance, and what to draft next."""
