@@ -15,9 +15,9 @@ from conftest import load
 from specvlm import ConfigError, SpecVLM, UnsupportedModel, prune
 from specvlm.check import reference
 from specvlm.core import tree
+from specvlm.core.clock import Seconds
 from specvlm.core.errors import CapacityError
 from specvlm.core.rows import ancestors
-from specvlm.engine.account import Seconds
 from specvlm.engine.api import _first_score_row
 from specvlm.runtime.model import VideoLM
 from specvlm.speculate import growth, policy, verify

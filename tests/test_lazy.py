@@ -12,6 +12,7 @@ from specvlm.core import names
 from specvlm.kernels import quant
 from specvlm.runtime.model import resolve_dtype
 from specvlm.speculate import draft
+from specvlm_bench import names as bench_names
 
 HEAVY = ("torch", "transformers", "av", "numpy", "matplotlib", "datasets", "huggingface_hub", "PIL")
 SPEED = "bench speed"
@@ -127,8 +128,8 @@ def test_the_names_told_without_torch_are_those_that_are_registered():
     assert {name: cls.prunes for name, cls in built_in.items()} == names.DRAFTERS
     from specvlm_bench import peers, planted
 
-    assert {*peers.PEERS} == {*names.PEERS}
-    assert {*planted.RANKS} - {"self"} | {"changing"} == {*names.PLANTED_DRAFTS}
+    assert {*peers.PEERS} == {*bench_names.PEERS}
+    assert {*planted.RANKS} - {"self"} | {"changing"} == {*bench_names.PLANTED_DRAFTS}
     for format in names.QUANTS:
         assert quant.is_served(format, quant.torch.device("cpu")) is (format == "int8")
     for name in names.DTYPES:

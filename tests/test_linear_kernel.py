@@ -18,12 +18,13 @@ from torch.testing import assert_close
 
 from specvlm.core.errors import ConfigError
 from specvlm.kernels import linear as module
-from specvlm.kernels.linear import LinearPlan, linear, linear_reference, plan_linear, stream_linear
+from specvlm.kernels import stream
+from specvlm.kernels.linear import linear, linear_reference, plan_linear, stream_linear
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SINGLE = torch.float16 if torch.cuda.is_available() else torch.float32
 CLOSE = {"rtol": 2e-3, "atol": 2e-3} if torch.cuda.is_available() else {"rtol": 1e-5, "atol": 1e-5}
-PLAN = LinearPlan(block_t=16, block_n=64, block_k=64, stages=3, warps=4, programs=1)
+PLAN = stream.LinearPlan(block_t=16, block_n=64, block_k=64, stages=3, warps=4, programs=1)
 # rows, outputs, inputs: whole tiles; ragged outputs; ragged both; less than a tile
 SHAPES = [(1, 128, 256), (5, 200, 128), (26, 136, 328), (3, 40, 24)]
 
@@ -39,7 +40,7 @@ def case(rows, outputs, inputs, dtype=SINGLE):
 
 def run(x, weight, bias=None, *, plan):
     """Launch with outputs and workspace poisoned, and check that the arrivals are zero afterwards."""
-    space = module._workspace(DEVICE)
+    space = stream.workspace(DEVICE)
     space.partial.fill_(float("nan"))
     out = x.new_full((x.shape[0], weight.shape[0]), float("nan"))
     plan = replace(plan, block_t=max(16, 1 << (x.shape[0] - 1).bit_length()))
@@ -100,7 +101,7 @@ def test_plans_fit_the_chip_and_keep_it_busy(outputs, inputs, rows):
     assert plan.stages * stage + 4 * plan.block_n * plan.block_t <= 227 * 1024 - 1024
     assert plan.stages >= 3
     assert rows <= plan.block_t < max(17, 2 * rows)
-    assert 2 * plan.programs * plan.block_n * plan.block_t <= module._PARTIAL_FLOATS
+    assert 2 * plan.programs * plan.block_n * plan.block_t <= stream._PARTIAL_FLOATS
     tiles = -(-outputs // plan.block_n) * -(-inputs // plan.block_k)
     assert plan.programs == min(132, tiles)
 

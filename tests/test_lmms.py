@@ -351,7 +351,7 @@ def test_lmms_eval_scores_a_local_task_and_logs_acceptance_and_speed(tmp_path):
 
     pair = SpecVLM.from_pretrained(device="cpu", tree="paper", max_new_tokens=96)
     documents = [json.loads(line) for line in (TASK / "questions.jsonl").read_text().splitlines()[:2]]
-    clips = Path(adapter.__file__).parents[1] / "bundled" / "clips"
+    clips = Path(adapter.__file__).parents[2] / "bundled" / "clips"
     answers = [
         [pair.generate(str(clips / document["video"]), question) for question in document["questions"]]
         for document in documents

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 
 from specvlm.core.errors import ConfigError
 from specvlm.core.names import QUANTS
-from specvlm.kernels import linear as streaming
 from specvlm.kernels import quant as module
+from specvlm.kernels import stream
 from specvlm.kernels.linear import linear
 from specvlm.kernels.quant import (
     Around,
@@ -59,7 +59,7 @@ def packed(weight, format):
 
 def run(x, weight, bias=None, *, plan):
     """Launch with outputs and workspace poisoned, and check that the arrivals are zero afterwards."""
-    space = streaming._workspace(DEVICE)
+    space = stream.workspace(DEVICE)
     space.partial.fill_(float("nan"))
     out = x.new_full((x.shape[0], weight.shape[0]), float("nan"))
     plan = replace(plan, block_t=max(16 if plan.x_left else 8, 1 << (x.shape[0] - 1).bit_length()))
@@ -347,7 +347,7 @@ def test_norm_sum_and_gate_are_parts_of_the_product(format, rows, left, programs
     ):
         mine, theirs = (replace(around, residual=None if around.residual is None else residual.clone()) for _ in "ab")
         found = torch.full((4, rows), float("nan"), device=DEVICE)
-        streaming._workspace(DEVICE).partial.fill_(float("nan"))
+        stream.workspace(DEVICE).partial.fill_(float("nan"))
         y = stream_quant(x, weight, bias, plan=plan, around=mine, squares=found)
         expected, expected_squares = quant_linear_around_reference(x, weight, bias, theirs)
         # of products of 18 at typical size, and their products where gated, rounded to fp16 on a GPU

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from specvlm.core.clock import wait
 from specvlm.engine.account import Generation
 from specvlm.engine.api import SpecVLM
 from specvlm.media import Frames
-from specvlm.runtime.graphs import wait
 from specvlm_bench.clips import PROMPT, shown_in
 from specvlm_bench.speed import Record, Spread, Watch, attempt, engines, failed, free_memory
 from specvlm_bench.subjects import Subject

@@ -28,10 +28,22 @@ from specvlm_bench import published, style
 from specvlm_bench.sweep import Sweep
 
 
-def add(questions: Any) -> None:
-    """Add the questions that can be measured."""
+def add(commands: Any) -> None:
+    """Add `bench` and `report` to the command line: the entry point in the group `specvlm.commands`."""
+    bench = commands.add_parser("bench", help="measure", description="Measurements, one a question.")
+    questions = bench.add_subparsers(metavar="QUESTION", dest="question", required=True)
     _add_quality(questions)
     _add_speed(questions)
+    _add_report(commands)
+
+
+def _add_report(commands: Any) -> None:
+    text = "tables, plots and a page of runs of bench quality; two or more are compared with the first"
+    parser = commands.add_parser("report", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=_report)
+    parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="the --out of bench quality")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where they go [default: the first DIR]")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
 
 
 def _add_quality(questions: Any) -> None:
@@ -262,3 +274,17 @@ def _check_clips(args: argparse.Namespace) -> None:
         raise ConfigError(f"visual_tokens={args.visual_tokens} is not allowed beside --clips: leave one of them out")
     if missing := [clip for clip in args.clips if "://" not in clip and not Path(clip).is_file()]:
         raise MediaError(f"{missing[0]!r} does not exist: check the path")
+
+
+def _report(args: argparse.Namespace, status: Status) -> int:
+    from specvlm_bench import journal
+
+    for directory in args.directories:
+        journal.file_in(directory)
+    checks.folder_to_write(args.output or args.directories[0])
+    from specvlm_bench import report
+
+    found = report.build(args.directories, args.output or args.directories[0])
+    status.clear()
+    print(found.markdown, end="")
+    return 0

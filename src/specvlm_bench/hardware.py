@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specvlm.runtime.graphs import on
 from specvlm.runtime.model import VideoLM
+from specvlm.runtime.session import Served
 
 _REPEATS = 20
 _WARM_UP = 3
@@ -74,12 +75,12 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def kv_bytes(model: VideoLM, length: int) -> int:
+def kv_bytes(model: Served, length: int) -> int:
     """Return the bytes of the keys and values of `length` rows."""
     return 2 * math.prod(model.kv_shape) * length * model.dtype.itemsize
 
 
-def floor_ms(model: VideoLM, length: int, read_gb_s: float) -> float:
+def floor_ms(model: Served, length: int, read_gb_s: float) -> float:
     """Return the least milliseconds of a step whose rows see `length` rows: what it must read over the read rate."""
     return (model.step_bytes + kv_bytes(model, length)) / read_gb_s / 1e6
 

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from specvlm.core.clock import wait
 from specvlm.engine.account import Decision, measure_peak, reset_peak
 from specvlm.engine.api import SpecVLM
 from specvlm.engine.request import Prefilled
-from specvlm.runtime.graphs import wait
 from specvlm_bench.clips import PROMPT
 
 

@@ -41,12 +41,12 @@ from specvlm.check import reference
 from specvlm.check.compare import Difference, first_difference, ms_a_token
 from specvlm.check.inspect import inspect
 from specvlm.check.ties import logit_gap
+from specvlm.core.clock import wait
 from specvlm.core.config import SamplingConfig, VideoConfig
-from specvlm.core.errors import ConfigError, SpecVLMError, memory_errors, one_line
+from specvlm.core.errors import ConfigError, SpecVLMError, SpecVLMWarning, memory_errors, one_line
 from specvlm.engine.account import Generation, Speculation, measure_peak, reset_peak
 from specvlm.engine.api import SpecVLM, bundled
 from specvlm.engine.request import Prefilled, Request
-from specvlm.runtime.graphs import wait
 from specvlm.speculate import draft as drafting
 from specvlm_bench.data import Data, Sample
 from specvlm_bench.hardware import gpu_name
@@ -55,7 +55,7 @@ from specvlm_bench.methods import GENERATE
 from specvlm_bench.provenance import command_line, provenance
 
 
-class QualityWarning(UserWarning):
+class QualityWarning(SpecVLMWarning):
     """Something beside the answers that a run had to leave out."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from specvlm.core.errors import SpecVLMWarning
 from specvlm.runtime.model import check_quant
 from specvlm_bench import answers, vllm_plain
 from specvlm_bench.clips import reachable, shown_in
@@ -21,7 +22,7 @@ from specvlm_bench.subjects import Source
 from specvlm_bench.sweep import NO_QUANT, Cell, Sweep
 
 
-class BenchWarning(UserWarning):
+class BenchWarning(SpecVLMWarning):
     """Something that was asked for is not measured."""
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from specvlm.core import tree
 from specvlm.core.config import EngineConfig
 from specvlm.core.errors import ConfigError
-from specvlm.core.names import PEERS, PLANTED_DRAFTS, QUANTS
+from specvlm.core.names import QUANTS
+from specvlm_bench.names import PEERS, PLANTED_DRAFTS
 
 ENGINE_METHODS = ("plain", "chain", "tree", "auto", "self", "lookup")
 METHODS = (*ENGINE_METHODS, *PEERS, "vllm-plain")

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from specvlm.core.ambient import neutral
+from specvlm.core.clock import wait
 from specvlm.families.base import Inputs, counting
-from specvlm.runtime.graphs import on, wait
+from specvlm.runtime.graphs import on
 from specvlm.runtime.model import VideoLM
 
 

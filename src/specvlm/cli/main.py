@@ -13,10 +13,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specvlm.cli import console
+from specvlm.cli import console, plugins
 from specvlm.cli.interrupts import INTERRUPTED
 from specvlm.cli.options import (
     PARTS,
@@ -31,11 +30,9 @@ from specvlm.cli.options import (
     read_data,
 )
 from specvlm.cli.progress import Status, quiet_libraries
-from specvlm.core import checks
 from specvlm.core.config import EngineConfig
 from specvlm.core.errors import Advice, CapacityError, ConfigError, MediaError, SpecVLMError, memory_errors, one_line
 from specvlm.engine import sources
-from specvlm_bench import commands as bench_commands
 
 if TYPE_CHECKING:
     from specvlm.engine.account import Generation
@@ -128,9 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, text, "video", "prune")
     inspect.add_argument("-o", "--output", metavar="FILE.png", type=_png, required=True, help="the picture to write")
     _add_verify(commands)
-    bench = commands.add_parser("bench", help="measure", description="Measurements, one a question.")
-    bench_commands.add(bench.add_subparsers(metavar="QUESTION", dest="question", required=True))
-    _add_report(commands)
+    for add_commands in plugins.load(plugins.COMMANDS):
+        add_commands(commands)
     return parser
 
 
@@ -150,15 +146,6 @@ def _add_verify(commands: Any) -> None:
     add_load(parser)
     for part in PARTS.values():
         add_settings(parser, part)
-
-
-def _add_report(commands: Any) -> None:
-    text = "tables, plots and a page of runs of bench quality; two or more are compared with the first"
-    parser = commands.add_parser("report", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=_report)
-    parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="the --out of bench quality")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where they go [default: the first DIR]")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -369,20 +356,6 @@ def _verify(args: argparse.Namespace, status: Status) -> int:
         told = f", {failed} not answered" if failed else ""
         print(f"lossless ({dtype}): {verdict}, {len(proofs) - failed} of {len(proofs)} questions{told}")
     return 1 if differ else 2 if failed else 0
-
-
-def _report(args: argparse.Namespace, status: Status) -> int:
-    from specvlm_bench import journal
-
-    for directory in args.directories:
-        journal.file_in(directory)
-    checks.folder_to_write(args.output or args.directories[0])
-    from specvlm_bench import report
-
-    found = report.build(args.directories, args.output or args.directories[0])
-    status.clear()
-    print(found.markdown, end="")
-    return 0
 
 
 def _inspect(args: argparse.Namespace, status: Status) -> int:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
-from specvlm.cli import console
+from specvlm.cli import console, plugins
 from specvlm.cli.progress import Status
 from specvlm.core import checks
 from specvlm.core.config import EngineConfig, kind_of
@@ -22,7 +22,6 @@ from specvlm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from specvlm.engine.api import SpecVLM
-    from specvlm_bench.data import Data
 
 PARTS: dict[str, Any] = get_type_hints(EngineConfig)  # "video" -> VideoConfig, ...
 MODEL_OPTIONS = ("target", "draft", "device", "draft_device", "draft_quant", "dtype")
@@ -194,7 +193,7 @@ def numbers(args: argparse.Namespace, name: str, kind: type[Any]) -> tuple[Any, 
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `bench.data.read`."""
+    """Add the arguments of `read_data`."""
     group = parser.add_argument_group("Data")
     text = "bundled, videodetailcaption, mvbench, mlvu, longvideobench, video-mme, or a FILE.jsonl with a line "
     group.add_argument("--data", metavar="NAME", help=f"{text}{{video, prompt, id}} each [default: bundled]")
@@ -205,17 +204,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", metavar="N", type=int, help="no more samples than this, evenly spread over the data")
 
 
-def read_data(args: argparse.Namespace, status: Status, **defaults: Any) -> Data:
+def read_data(args: argparse.Namespace, status: Status, **defaults: Any) -> Any:
     """Read the samples that the options name; each one that the data do not give is a warning.
 
     Raises:
         ConfigError: a name or value is not allowed, a file cannot be read or fetched, or no sample is left.
     """
-    from specvlm_bench import data
-
+    readers = plugins.load(plugins.DATA)
+    if not readers:
+        raise ConfigError("no package that reads data sets is installed: pip install 'specvlm[bench]', or name a VIDEO")
     status.show("reading the data...")
     ask = args.ask or defaults.get("ask", "question")
-    found = data.read(args.data or defaults.get("data"), args.data_dir, ask=ask, limit=args.limit)
+    found = readers[0](args.data or defaults.get("data"), args.data_dir, ask=ask, limit=args.limit)
     for problem in found.problems:
         status.warn(f"{problem.where}: {problem.text}")
     return found

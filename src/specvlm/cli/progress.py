@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from specvlm.core.errors import Advice
+from specvlm.core.errors import Advice, SpecVLMWarning
 
 STAGES = {
     "read": "reading the video",
@@ -87,7 +87,7 @@ def quiet_libraries(status: Status) -> Iterator[None]:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if category.__module__.startswith("specvlm."):
+        if issubclass(category, SpecVLMWarning):
             status.warn(message.on_command_line() if isinstance(message, Advice) else str(message))
 
     with warnings.catch_warnings():

@@ -16,6 +16,10 @@ class SpecVLMError(Exception):
     """Base of all errors below; the CLI prints its message on one line and exits with 2."""
 
 
+class SpecVLMWarning(UserWarning):
+    """Base of all warnings of this package."""
+
+
 class ConfigError(SpecVLMError, ValueError):
     """A setting has a value that is not allowed."""
 

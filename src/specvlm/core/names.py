@@ -7,5 +7,3 @@ PRUNERS = ("attention", "frame", "none", "random", "uniform", "verifier", "windo
 DRAFTERS = {"model": True, "self": True, "lookup": False, "none": False}  # whether they see what a pruner keeps
 QUANTS = ("fp8", "int8", "int4")  # weight-only formats of a draft
 DTYPES = ("float32", "bfloat16", "float16")
-PEERS = ("transformers-eager", "transformers-static", "transformers-assisted")  # in bench speed
-PLANTED_DRAFTS = ("published", "hopeless", "changing")  # that a planted smaller model may be

@@ -49,3 +49,20 @@ def is_weight(weight: Any, like: Tensor) -> bool:
     """Whether a weight is a dense tensor of the type and on the device of another one."""
     is_dense = type(weight) is nn.Parameter and weight.layout == torch.strided
     return is_dense and weight.dtype == like.dtype and weight.device == like.device
+
+
+@torch.no_grad()
+def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Join the weights, and the biases, of linear layers that read the same rows; the layers keep views of them."""
+    weight = torch.cat([module.weight for module in linears])
+    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
+    begin = 0
+    for module in linears:
+        end = begin + module.out_features
+        module.weight = nn.Parameter(weight[begin:end], requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias[begin:end], requires_grad=False)
+        begin = end
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # else the freed halves pile up to a second copy of the model
+    return weight, bias

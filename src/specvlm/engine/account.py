@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import resource
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +14,8 @@ from typing import Any
 import torch
 
 from specvlm.core.byvalue import ByValue
+from specvlm.core.clock import Seconds
 from specvlm.core.config import EngineConfig
-from specvlm.runtime.graphs import wait
 from specvlm.speculate.policy import Choice
 
 
@@ -70,65 +67,6 @@ class Speculation:
     def acceptance_length(self) -> float:
         """Tokens a round, with the bonus token (vLLM's acceptance length)."""
         return 1 + self.mean_accepted_length
-
-
-_STAGES = ("read", "encode", "prefill", "prune", "draft_prefill", "calibrate", "capture", "decode")
-
-
-def _unheard(name: str) -> None:
-    """Do nothing when a stage begins."""
-
-
-class Seconds:
-    """Wall time by stage, without that of stages within it.
-
-    "calibrate" times passes for the policy, "capture" makes CUDA graphs and compiles kernels: both once.
-    """
-
-    def __init__(self) -> None:
-        self._stages = dict.fromkeys(_STAGES, 0.0)
-        self._inner = 0.0  # seconds of the stages that ended within the current one
-        self._begin = time.perf_counter()
-        self.time_to_first_token = 0.0
-        self.total = 0.0
-        self.on_stage: Callable[[str], None] = _unheard  # told which stage begins
-
-    @contextmanager
-    def stage(self, name: str, *devices: torch.device) -> Iterator[None]:
-        """Add the time of the block, to the end of the devices' work, to a stage."""
-        self.on_stage(name)
-        begin, outer = time.perf_counter(), self._inner
-        self._inner = 0.0
-        yield
-        wait(*devices)
-        elapsed = time.perf_counter() - begin
-        self._stages[name] += elapsed - self._inner
-        self._inner = outer + elapsed
-
-    def __getitem__(self, name: str) -> float:
-        return self._stages[name]
-
-    def start(self) -> None:
-        """Count time_to_first_token and total from now."""
-        self._begin = time.perf_counter()
-
-    def first_token(self) -> None:
-        """Note the time of the first token."""
-        self.time_to_first_token = time.perf_counter() - self._begin
-
-    def finish(self) -> None:
-        """Note the time of the last token."""
-        self.total = time.perf_counter() - self._begin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "on_stage": _unheard}  # who listens here is not taken elsewhere
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Seconds) and self.to_dict() == other.to_dict()
-
-    def to_dict(self) -> dict[str, float]:
-        """Return all stages, time_to_first_token and total, in seconds."""
-        return {**self._stages, "time_to_first_token": self.time_to_first_token, "total": self.total}
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,5 +165,9 @@ def measure_peak(*devices: torch.device) -> int:
     gpus = {device for device in devices if device.type == "cuda"}
     if gpus:
         return sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

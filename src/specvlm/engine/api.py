@@ -21,11 +21,12 @@ from specvlm import media, prune
 from specvlm.core import tree
 from specvlm.core.ambient import neutral, neutral_steps
 from specvlm.core.byvalue import ByValue
+from specvlm.core.clock import Seconds
 from specvlm.core.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
 from specvlm.core.errors import CapacityError, ConfigError
 from specvlm.core.upload import upload
 from specvlm.engine import effects, sources
-from specvlm.engine.account import Decision, Generation, Seconds, Seen, measure_peak, reset_peak
+from specvlm.engine.account import Decision, Generation, Seen, measure_peak, reset_peak
 from specvlm.engine.drafts import LEAST_TOKENS, Drafts
 from specvlm.engine.fit import Prompted, fitted
 from specvlm.engine.request import Prefilled, Request

@@ -8,9 +8,10 @@ from dataclasses import fields
 
 from specvlm import prune
 from specvlm.core.config import DraftConfig, EngineConfig, PruneConfig
+from specvlm.core.errors import SpecVLMWarning
 
 
-class SettingWarning(UserWarning):
+class SettingWarning(SpecVLMWarning):
     """A setting was given that has no effect beside the others."""
 
 

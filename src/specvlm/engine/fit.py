@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from specvlm.core.config import VideoConfig
-from specvlm.core.errors import Advice, CapacityError, ConfigError
+from specvlm.core.errors import Advice, CapacityError, ConfigError, SpecVLMWarning
 from specvlm.families import Family, Limits, Message, Size
 from specvlm.media import Frames
 
 _FEW = 4  # frames of a video below which they are rather made smaller
 
 
-class FitWarning(Advice, UserWarning):
+class FitWarning(Advice, SpecVLMWarning):
     """Videos were thinned to fit the context."""
 
 

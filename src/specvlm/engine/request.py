@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from specvlm.core.byvalue import ByValue
+from specvlm.core.clock import Seconds
 from specvlm.core.config import EngineConfig
-from specvlm.engine.account import Decision, Seconds, Seen, Speculation, Usage
+from specvlm.engine.account import Decision, Seen, Speculation, Usage
 from specvlm.engine.fit import Prompted
 from specvlm.families import Inputs, Medium, Message, Prompt
 from specvlm.runtime.session import Session

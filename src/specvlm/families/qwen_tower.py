@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specvlm.core.plain import FLOATS, is_linear, is_plain, is_untouched
+from specvlm.core.plain import FLOATS, is_linear, is_plain, is_untouched, joined
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.norm import add_rms_norm
 from specvlm.kernels.rope import rope_and_store
-from specvlm.runtime.decoder import joined
 
 MAX_PATCHES = 16384  # of one batch: enough rows for full speed, few enough for their activations (0.5 GiB in bf16)
 

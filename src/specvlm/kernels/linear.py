@@ -9,64 +9,23 @@ and brings its first weights into the L2 meanwhile: weights depend on no kernel.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specvlm.core.errors import ConfigError
 from specvlm.kernels import HAS_TRITON
-
-if TYPE_CHECKING:
-    from specvlm.kernels.quant import QuantWeight
+from specvlm.kernels.stream import HEAD_OUTPUTS, LinearPlan, PackedWeight, programs_of, tiles, workspace
 
 MAX_ROWS = 128
 
 _SHARED_BYTES = 226 * 1024  # what one program may use on compute capability 9, less 1 KiB for barriers
-_PARTIAL_FLOATS = 2 * 2 * 132 * 128 * 128  # two partial blocks for each of two programs on each of an H200's SMs
-_MAX_BLOCKS = 1 << 16
-_HEAD_OUTPUTS = 100_000  # more than any layer has, fewer than most vocabularies
 
 
-@dataclass(frozen=True)
-class LinearPlan:
-    """How one product is cut up.
-
-    Attributes:
-        block_t: rows of the input, padded to a power of two of 16 or more.
-        block_n: rows of the weight in a tile.
-        block_k: columns of a tile.
-        stages: tiles in flight.
-        warps: warps of a program.
-        programs: programs, among which all tiles are shared out evenly.
-        tma: load tiles with the bulk copy engine (16-byte aligned rows) rather than through pointers.
-        pdl: launch while the kernel ahead drains (programmatic dependent launch).
-        prefetch: with `pdl`, tiles a program brings into the L2 before the kernel ahead has ended.
-        trigger: with `pdl`, tiles a program has still to do when it lets the next kernel start.
-    """
-
-    block_t: int
-    block_n: int
-    block_k: int
-    stages: int
-    warps: int
-    programs: int
-    tma: bool = True
-    pdl: bool = False
-    prefetch: int = 0
-    trigger: int = 1
-
-
-@dataclass(frozen=True)
-class _Workspace:
-    partial: Tensor  # fp32: sums of blocks of rows that several programs share
-    arrivals: Tensor  # int32, one for each block of rows; zero between launches
-
-
-def linear(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
     """Return x W^T (+ bias), [..., N], with the same bits on every run.
 
     Triton on a Hopper GPU for at most 128 rows of a 2-byte type, `torch.nn.functional.linear` otherwise. Products on
@@ -104,7 +63,7 @@ def plan_linear(rows: int, outputs: int, inputs: int, sms: int) -> LinearPlan:
     block_t = max(16, 1 << (rows - 1).bit_length())
     if block_t > 32:
         block_n, block_k = 128, 64
-    elif outputs >= _HEAD_OUTPUTS:
+    elif outputs >= HEAD_OUTPUTS:
         block_n, block_k = 128, 128
     else:
         block_n, block_k = 64, 256
@@ -139,12 +98,12 @@ def stream_linear(
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    programs = _programs(plan, outputs, -(-inputs // plan.block_k))
-    space = _workspace(x.device)
+    programs = programs_of(plan, outputs, -(-inputs // plan.block_k))
+    space = workspace(x.device)
     y = x.new_empty((rows, outputs)) if out is None else out
     _kernel()[(programs,)](
-        _tiles(x, plan.block_t, plan) if plan.tma else x,
-        _tiles(weight, plan.block_n, plan) if plan.tma else weight,
+        tiles(x, plan.block_t, plan) if plan.tma else x,
+        tiles(weight, plan.block_n, plan) if plan.tma else weight,
         weight,
         bias,
         y,
@@ -190,34 +149,7 @@ def _plan_for(x: Tensor, weight: Tensor, pdl: bool) -> LinearPlan:
     return replace(plan, tma=False, prefetch=0)
 
 
-def _programs(plan: LinearPlan, outputs: int, k_tiles: int) -> int:
-    """Return how many programs share the tiles, at least one each; refuse a plan that outgrows the workspace."""
-    blocks = -(-outputs // plan.block_n)
-    programs = min(plan.programs, blocks * k_tiles)
-    if blocks > _MAX_BLOCKS or 2 * programs * plan.block_n * plan.block_t > _PARTIAL_FLOATS:
-        raise ConfigError(f"{plan} does not fit the workspace for {outputs} outputs: take fewer programs")
-    return programs
-
-
-@cache
-def _workspace(device: torch.device) -> _Workspace:
-    """Return the device's workspace, which graphs hold on to by address, so that it is never freed or moved."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ConfigError("run specvlm.kernels.linear.linear once on this device before a CUDA graph is captured")
-    with torch.inference_mode(False):  # whoever asks first, all may write into it
-        return _Workspace(
-            partial=torch.empty(_PARTIAL_FLOATS, dtype=torch.float32, device=device),
-            arrivals=torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device),
-        )
-
-
 @cache
 def _kernel() -> Any:
     """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
     return importlib.import_module("specvlm.kernels.linear_triton").stream_linear
-
-
-def _tiles(matrix: Tensor, rows: int, plan: LinearPlan) -> Any:
-    """Return the descriptor by which the copy engine loads [rows, block_k] tiles of a matrix."""
-    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    return descriptor.from_tensor(matrix, [rows, plan.block_k])

@@ -20,7 +20,7 @@ from torch import Tensor
 from specvlm.core.errors import ConfigError
 from specvlm.core.names import QUANTS
 from specvlm.kernels import HAS_TRITON
-from specvlm.kernels.linear import _HEAD_OUTPUTS, LinearPlan, _programs, _tiles, _workspace
+from specvlm.kernels.stream import HEAD_OUTPUTS, LinearPlan, programs_of, tiles, workspace
 
 GROUP = 128  # inputs that share a scale of int4
 MAX_ROWS = 64
@@ -212,7 +212,7 @@ def quant_linear_reference(x: Tensor, weight: QuantWeight, bias: Tensor | None =
 def plan_quant(format: str, rows: int, outputs: int, inputs: int, sms: int) -> QuantPlan:
     """Choose the plan of a product of [rows, inputs] with [outputs, inputs] on `sms` multiprocessors of a Hopper."""
     block_t = max(8, 1 << (rows - 1).bit_length())
-    is_small = block_t == 8 and outputs < _HEAD_OUTPUTS
+    is_small = block_t == 8 and outputs < HEAD_OUTPUTS
     block_n, warps = (64, 2) if is_small else (128, 4) if block_t <= 32 else (64, 4)
     blocks, k_tiles = -(-outputs // block_n), _panels(format, inputs)
     share = 3 if block_t == 8 else 2 if block_t <= 32 else 1  # programs on a multiprocessor
@@ -270,8 +270,8 @@ def stream_quant(
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    programs = _programs(plan, outputs, _panels(weight.format, inputs))
-    space = _workspace(x.device)
+    programs = programs_of(plan, outputs, _panels(weight.format, inputs))
+    space = workspace(x.device)
     around = around or Around()
     y = around.residual if around.residual is not None else out
     if y is None:
@@ -279,8 +279,8 @@ def stream_quant(
     num_squares = 0 if around.squares is None else len(around.squares)
     codes = weight.data.view(-1, _WORDS)
     _kernels().stream_quant[(programs,)](
-        _tiles(x, plan.block_t, plan) if plan.x_tma else x,
-        _tiles(codes, plan.block_n, plan) if plan.tma else codes,
+        tiles(x, plan.block_t, plan) if plan.x_tma else x,
+        tiles(codes, plan.block_n, plan) if plan.tma else codes,
         codes,
         weight.scales,
         bias,

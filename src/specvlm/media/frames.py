@@ -17,13 +17,13 @@ from torch import Tensor
 
 from specvlm.core.byvalue import ByValue
 from specvlm.core.config import DEFAULT_FPS, VideoConfig
-from specvlm.core.errors import MediaError
+from specvlm.core.errors import MediaError, SpecVLMWarning
 
 MAX_FRAME_BYTES = 16 << 30
 _MOST_TIMES = 10_000_000  # at which frames in memory are looked for
 
 
-class MediaWarning(UserWarning):
+class MediaWarning(SpecVLMWarning):
     """A file is damaged, but holds frames that can be used."""
 
 

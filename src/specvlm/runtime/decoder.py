@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specvlm.core.plain import FLOATS, is_linear, is_plain, is_untouched
+from specvlm.core.plain import FLOATS, is_linear, is_plain, is_untouched, joined
 from specvlm.kernels import has_pdl
 from specvlm.kernels.activation import silu_mul
 from specvlm.kernels.linear import linear
@@ -256,20 +256,3 @@ def _layer(layer: Any) -> _Layer:
         gate_up=gate_up,
         down=mlp.down_proj.weight,
     )
-
-
-@torch.no_grad()
-def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Join the weights, and the biases, of linear layers that read the same rows; the layers keep views of them."""
-    weight = torch.cat([module.weight for module in linears])
-    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
-    begin = 0
-    for module in linears:
-        end = begin + module.out_features
-        module.weight = nn.Parameter(weight[begin:end], requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(bias[begin:end], requires_grad=False)
-        begin = end
-    if weight.is_cuda:
-        torch.cuda.empty_cache()  # else the freed halves pile up to a second copy of the model
-    return weight, bias

@@ -34,16 +34,6 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def wait(*devices: torch.device) -> None:
-    """Wait for the work that was queued on the current streams of GPUs.
-
-    Not for the whole device: that fails while another thread captures a graph there.
-    """
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
-
 @cache
 def _capture_stream(device: torch.device) -> Any:
     """Return the stream on which a device's graphs are captured: graphs share a memory pool only on one stream.

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
 
 from specvlm.core.config import PENALTIES, SamplingConfig
-from specvlm.core.errors import UnsupportedModel
+from specvlm.core.errors import SpecVLMWarning, UnsupportedModel
 from specvlm.core.upload import upload
 
 OBEYED = frozenset(
@@ -64,7 +64,7 @@ _NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0}  # beside those, None and F
 _NO_LAW = SamplingConfig(repetition_penalty=1.0)
 
 
-class RulesWarning(UserWarning):
+class RulesWarning(SpecVLMWarning):
     """An entry of a checkpoint's generation_config.json is not obeyed."""
 
 

@@ -6,7 +6,7 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,21 +19,43 @@ from specvlm.families import Prompt
 from specvlm.kernels.linear import linear
 from specvlm.kernels.tree_attention import tree_attention
 from specvlm.runtime import attention
-from specvlm.runtime.decoder import Decoder
-from specvlm.runtime.graphs import on
+from specvlm.runtime.decoder import Decoder, Weight
+from specvlm.runtime.graphs import Workspaces, on
 from specvlm.runtime.kv import KVCache
-
-if TYPE_CHECKING:
-    from specvlm.runtime.model import VideoLM
 
 T = TypeVar("T")
 PREFILL_ROWS = 17 << 10  # rows of one chunk of a prefill: enough for full speed, few enough for its activations
 
 
+class Served(Protocol):
+    """What a session takes of a model."""
+
+    hf: Any  # the Hugging Face model
+    decoder: Decoder | None  # its fused layers
+    head: Weight  # [vocab, D]
+    device: torch.device
+    dtype: torch.dtype
+    kv_shape: tuple[int, int, int]  # layers, KV heads, head width
+    workspaces: Workspaces
+
+    @property
+    def step_bytes(self) -> int:
+        """The bytes of weights that one step reads."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [1, N, D] of text tokens [N]."""
+        ...
+
+    def rows(self, parents: tuple[int, ...], count: int) -> Rows:
+        """Return what the last `count` rows of a tree see."""
+        ...
+
+
 class Session(ABC):
     """One request on one model: its KV cache, where its next token stands, and the tree behind the known rows."""
 
-    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
+    def __init__(self, model: Served, prompt: Prompt, capacity: int) -> None:
         self.model = model
         self.workspace = model.workspaces.lease(capacity)
         weakref.finalize(self, model.workspaces.release, self.workspace)
@@ -174,7 +196,7 @@ class HFSession(Session):
 
     is_captured = False
 
-    def __init__(self, model: VideoLM, prompt: Prompt, capacity: int) -> None:
+    def __init__(self, model: Served, prompt: Prompt, capacity: int) -> None:
         super().__init__(model, prompt, capacity)
         takes = inspect.signature(model.hf.model.language_model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
+from specvlm.core.clock import wait
 from specvlm.core.tree import Shape, Tree
-from specvlm.runtime.graphs import wait
 from specvlm.runtime.session import Session
 from specvlm.speculate.draft import Drafter
 from specvlm.speculate.pace import Costs

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from specvlm.core import checks, tree
+from specvlm.core.clock import Seconds
 from specvlm.core.config import DraftConfig, PruneConfig, SamplingConfig, shown
-from specvlm.core.errors import ConfigError, SpecVLMError, one_line
+from specvlm.core.errors import ConfigError, SpecVLMError, SpecVLMWarning, one_line
 from specvlm.core.rows import Rows
 from specvlm.core.tree import Shape, Tree
 from specvlm.core.upload import staged, upload
-from specvlm.engine.account import Seconds
 from specvlm.families import Inputs, Prompt
 from specvlm.prune import select
 from specvlm.runtime import attention
@@ -33,7 +33,7 @@ from specvlm.speculate.verify import Accepted, Draft
 T = TypeVar("T")
 
 
-class DraftWarning(UserWarning):
+class DraftWarning(SpecVLMWarning):
     """A choice of drafter that works but cannot pay."""
 
 
