@@ -20,7 +20,6 @@ from specvlm import ConfigError, SpecVLM
 from specvlm.cli import main as cli
 from specvlm.core.config import EngineConfig
 from specvlm.core.errors import CapacityError
-from specvlm.core.names import PLANTED_DRAFTS
 from specvlm.core.tree import PLAIN, Shape, parse
 from specvlm.engine.account import Decision
 from specvlm.engine.api import bundled
@@ -46,6 +45,7 @@ from specvlm_bench import (
 )
 from specvlm_bench import vllm_plain as vllm
 from specvlm_bench.choices import Change, Chosen
+from specvlm_bench.names import PLANTED_DRAFTS
 from specvlm_bench.subjects import CheckpointSource, PlantedSource
 from specvlm_bench.sweep import ENGINE_METHODS, Cell, Layers, Sweep
 
