@@ -56,7 +56,7 @@ test test-slow report: export OMP_NUM_THREADS = 1
 
 test: lint
 	$(BIN)/pytest -n 2
-	PYTHONPATH=$(VENV)/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py -k "not law"
+	PYTHONPATH=$(VENV)/older $(BIN)/pytest -n 2 tests/test_families.py tests/test_engine.py tests/test_rules.py -k "not law and not drafter"
 
 test-slow: $(VENV)/test
 	$(BIN)/pytest -n 2 -m slow

@@ -32,7 +32,7 @@ def model():
     return SpecVLM.from_pretrained(device="cpu")
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] if n % 4 else []) for n in range(40)])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] if n % 8 else []) for n in range(40)])
 def test_ids_are_those_of_plain_decoding_and_of_transformers(number, tmp_path):
     clips = data.read()
     assert len(clips.samples) == 40

@@ -429,7 +429,11 @@ SAMPLINGS = (
 
 
 @pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalty", "sampled", "filtered"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(one, marks=[pytest.mark.slow] if one in SAMPLINGS[1:3] else []) for one in SAMPLINGS],
+    ids=["greedy", "penalty", "sampled", "filtered"],
+)
 def test_no_drafter_changes_the_text(pair, sampling):
     """Every drafter in every way of sampling: the very tokens of plain decoding with the same seed."""
     words = "The red ball rolls, the red ball rolls, the red ball"

@@ -405,7 +405,12 @@ print(json.dumps({
 
 @pytest.mark.parametrize(
     ("format", "rows", "capability"),
-    [("int4", 8, 90), ("fp8", 26, 90), ("int8", 16, 90), ("int4", 64, 90), ("int4", 8, 80), ("fp8", 32, 120)],
+    [
+        ("int4", 8, 90),
+        ("fp8", 26, 90),
+        ("int8", 16, 90),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("int4", 64, 90), ("int4", 8, 80), ("fp8", 32, 120))),
+    ],
 )
 def test_for_a_gpu_codes_go_straight_to_the_tensor_cores_registers(format, rows, capability, tmp_path):
     """Nothing but the copies from memory writes shared memory in the loop, and there is one for each further stage."""
