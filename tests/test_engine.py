@@ -548,7 +548,7 @@ def test_the_account_adds_up(pair):
 
 def test_a_stage_within_a_stage_is_counted_once(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("specvlm.engine.account.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("specvlm.core.clock.time.perf_counter", lambda: next(clock))
     seconds = Seconds()
     with seconds.stage("decode"):  # from 1
         with seconds.stage("capture"):  # from 2 to 3

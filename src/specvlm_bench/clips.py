@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from specvlm.core.config import VideoConfig
+from specvlm.families import family_for
 from specvlm.media import Frames, load
 from specvlm_bench.sweep import Sweep
 
 PROMPT = "Describe step by step what the video shows."  # a prompt of 64 text tokens in planted Qwen2.5-VL and LLaVA
 _FPS = 2.0
-_MOST_CELLS = 16  # visual tokens along a side of a Qwen frame, 256 a time step
-_LEAST_STEPS = 4
 _CHUNK = 32  # frames made at once
 
 
@@ -52,36 +50,20 @@ def shown_in(sweep: Sweep) -> list[Shown]:
 def clip(config: Any, visual_tokens: int, device: torch.device, seed: int = 0) -> Frames:
     """Return random smooth frames of about `visual_tokens` visual tokens, as a video decoder would hand them over.
 
-    Qwen's frames have up to 16 x 16 tokens a time step of two frames; LLaVA's as many as its tower pools (196), and a
-    newline follows the last. The count is the nearest that whole time steps give.
-
     Args:
         config: the Hugging Face config of the model that will see them.
-        visual_tokens: how many it should see.
+        visual_tokens: how many it should see; the count is the nearest that whole time steps give.
         device: where the frames are made; they come back on the CPU.
         seed: of the frames.
     """
-    side, count, _ = _shape(config, visual_tokens)
-    return Frames(_pixels(count, side, device, seed), torch.arange(count, dtype=torch.float64) / _FPS, _FPS)
+    shape = family_for(config.model_type).video_shape(config, visual_tokens)
+    times = torch.arange(shape.num_frames, dtype=torch.float64) / _FPS
+    return Frames(_pixels(shape.num_frames, shape.side, device, seed), times, _FPS)
 
 
 def reachable(config: Any, visual_tokens: int) -> int:
     """Return how many visual tokens `clip` really gives."""
-    return _shape(config, visual_tokens)[2]
-
-
-def _shape(config: Any, visual_tokens: int) -> tuple[int, int, int]:
-    """Return the frames' side in pixels, how many there are, and their visual tokens."""
-    vision = config.vision_config
-    if config.model_type == "llava_onevision":
-        side, newlines, frames_a_step = int(vision.image_size), 1, 1
-        tokens = math.ceil(side // vision.patch_size / 2) ** 2
-    else:
-        cells = max(1, min(_MOST_CELLS, math.isqrt(visual_tokens // _LEAST_STEPS)))
-        side, newlines = cells * vision.patch_size * vision.spatial_merge_size, 0
-        tokens, frames_a_step = cells * cells, int(vision.temporal_patch_size)
-    num_steps = max(1, round((visual_tokens - newlines) / tokens))
-    return side, num_steps * frames_a_step, num_steps * tokens + newlines
+    return family_for(config.model_type).video_shape(config, visual_tokens).num_tokens
 
 
 def _pixels(count: int, side: int, device: torch.device, seed: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ It says nothing about pruning quality: that needs trained weights.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,10 @@ def build(
         eos_token_id=spec.ids[spec.eos], pad_token_id=spec.ids["<|endoftext|>"], do_sample=False
     )
     with tempfile.TemporaryDirectory() as folder:
-        tokens.write_processor(spec, Path(folder))
-        family = family_for(spec.model_type)(folder, hf.config, tokens.tokenizer(spec))
+        kind = family_for(spec.model_type)
+        for name, settings in kind.processor_files(hf.config).items():
+            Path(folder, name).write_text(json.dumps(settings), encoding="utf-8")
+        family = kind(folder, hf.config, tokens.tokenizer(spec))
     return VideoLM(hf, family, name=f"{spec.name} (planted)")
 
 

@@ -28,6 +28,13 @@ _QWEN_SPECIALS = (
 _LLAVA_SPECIALS = (*_QWEN_SPECIALS[:3], "<image>", "<video>")
 _MAX_POSITIONS = 1 << 18
 
+_LLAVA_NAMED = {"image_token_index": "<image>", "video_token_index": "<video>"}
+_QWEN_NAMED = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 _TINY_TEXT = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 2048}  # fmt: skip
 _TINY_HEAD_DIM = 64
@@ -45,6 +52,7 @@ class Spec:
     first_special: int  # id of the first of them
     cycle: tuple[int, int]  # ids from, to (exclusive) of the ordinary tokens that planted text consists of
     placeholder: str  # what the chat template writes for a video
+    named: Mapping[str, str]  # the special token that each key of the Hugging Face config gives the id of
 
     @property
     def ids(self) -> dict[str, int]:
@@ -60,15 +68,7 @@ class Spec:
         """Return the keyword arguments of the Hugging Face config."""
         text = {**self.text, "max_position_embeddings": _MAX_POSITIONS, "tie_word_embeddings": False}
         config = {"text_config": text, "vision_config": dict(self.vision), "tie_word_embeddings": False}
-        ids = self.ids
-        if self.model_type == "llava_onevision":
-            return config | {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
-        return config | {
-            "image_token_id": ids["<|image_pad|>"],
-            "video_token_id": ids["<|video_pad|>"],
-            "vision_start_token_id": ids["<|vision_start|>"],
-            "vision_end_token_id": ids["<|vision_end|>"],
-        }
+        return config | {key: self.ids[token] for key, token in self.named.items()}
 
     def shrunk(self) -> Spec:
         """Return a model of the same architecture with a few million weights, for checks on a CPU."""
@@ -87,6 +87,7 @@ class Spec:
             first_special=2000,
             cycle=(300, 1900),
             placeholder=self.placeholder,
+            named=self.named,
         )
 
 
@@ -113,7 +114,8 @@ def _spec(size: str, model_type: str, text: dict[str, Any], vision: dict[str, An
     is_llava = model_type == "llava_onevision"
     placeholder = "<video>\n" if is_llava else "<|vision_start|><|video_pad|><|vision_end|>"
     specials = _LLAVA_SPECIALS if is_llava else _QWEN_SPECIALS
-    return Spec(size, model_type, text, vision, specials, _FIRST_SPECIAL, (2_000, 90_000), placeholder)
+    named = _LLAVA_NAMED if is_llava else _QWEN_NAMED
+    return Spec(size, model_type, text, vision, specials, _FIRST_SPECIAL, (2_000, 90_000), placeholder, named)
 
 
 def _qwen2_5(size: str, inner_vision: int, *shape: int) -> Spec:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -29,7 +28,6 @@ _TEMPLATE = """\
 <|im_start|>assistant
 {% endif -%}
 """
-_NO_LIMIT = 1 << 40
 
 
 def tokenizer(spec: Spec) -> Any:
@@ -53,22 +51,3 @@ def _tokenizer(first_special: int, specials: tuple[str, ...], first_byte: int, p
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, eos_token=eos, pad_token="<|endoftext|>", chat_template=template
     )
-
-
-def write_processor(spec: Spec, directory: Path) -> None:
-    """Write the processor files that a family reads; no bound on pixels or frames is in force."""
-    if spec.model_type == "llava_onevision":
-        size = {"height": spec.vision["image_size"], "width": spec.vision["image_size"]}
-        _write(directory / "preprocessor_config.json", {"size": size})
-        _write(directory / "video_preprocessor_config.json", {"size": size})
-        return
-    names = ("patch_size", "temporal_patch_size")
-    settings = {name: spec.vision[name] for name in names} | {"merge_size": spec.vision["spatial_merge_size"]}
-    cell = spec.vision["patch_size"] * spec.vision["spatial_merge_size"]
-    settings["size"] = {"shortest_edge": cell * cell, "longest_edge": _NO_LIMIT}
-    _write(directory / "preprocessor_config.json", settings)
-    _write(directory / "video_preprocessor_config.json", settings)
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content), encoding="utf-8")

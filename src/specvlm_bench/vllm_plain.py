@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from specvlm.core.errors import CapacityError
+from specvlm.families import family_for
 
 _TIMEOUT_S = 900
-_LANGUAGE = {
-    "qwen2_vl": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen2_5_vl": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3_vl": ("qwen3", "Qwen3ForCausalLM"),
-    "llava_onevision": ("qwen2", "Qwen2ForCausalLM"),
-}
 _SHAPES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "hidden_act", "rms_norm_eps", "max_position_embeddings",
@@ -37,10 +32,10 @@ def is_installed(python: str) -> bool:
 def language_config(config: Any) -> dict[str, Any]:
     """Return the config.json of a text model with the language shapes of a vision language model's HF config."""
     text = config.get_text_config()
-    model_type, architecture = _LANGUAGE[config.model_type]
+    model_type = family_for(config.model_type).text_model_type
     theta = text.rope_parameters["rope_theta"]
     language = {name: getattr(text, name) for name in _SHAPES} | {
-        "architectures": [architecture],
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
         "rope_theta": theta,  # read by transformers 4
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # and by 5

@@ -139,6 +139,15 @@ class Prompt:
         return mask.nonzero().squeeze(1)
 
 
+@dataclass(frozen=True)
+class VideoShape:
+    """Square frames, and how many visual tokens a model makes of them."""
+
+    side: int  # pixels
+    num_frames: int
+    num_tokens: int
+
+
 class Family(Protocol):
     """Turns messages and frames into a model's inputs, and a model's inputs into a Prompt.
 
@@ -147,10 +156,22 @@ class Family(Protocol):
     """
 
     tokenizer: Any
+    group: str  # what drafts for what: target and draft must be of one group
+    text_model_type: str  # of the Hugging Face model that is its language model alone
     trained_positions: str  # "qwen" or "transformers": how its model was trained; see VideoConfig.text_positions
     settings: dict[str, Any]  # what decides pixels, grids and placeholders; equal settings give equal Inputs
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None: ...
+
+    @classmethod
+    def video_shape(cls, config: Any, visual_tokens: int) -> VideoShape:
+        """Return the frames of which the model of a HF config makes about so many visual tokens."""
+        ...
+
+    @classmethod
+    def processor_files(cls, config: Any) -> dict[str, dict[str, Any]]:
+        """Return the processor files, by name, of a checkpoint with this HF config; no limit on pixels or frames."""
+        ...
 
     def inputs(
         self,

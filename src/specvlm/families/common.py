@@ -67,12 +67,14 @@ def cells(times: int, rows: int, columns: int, *, first_time: int = 0) -> Tensor
 class VisionFamily(ABC):
     """A Family whose prompt carries one placeholder token per visual token. Subclasses fill in the pixels."""
 
+    text_model_type: str = "qwen2"  # see Family
     is_mrope: ClassVar[bool]  # positions are (time, height, width)
     trained_positions: str = "qwen"  # see Family; both are the same where no setting of a family decides
     pixel_dtype: torch.dtype = torch.float32  # of the pixels in Inputs; a model rounds them to its own first of all
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.group: str = config.model_type  # see Family
         self._template = chat_template(directory, tokenizer)
         self._ids = {"image": int(config.image_token_id), "video": int(config.video_token_id)}
         self._tokens = {kind: str(tokenizer.convert_ids_to_tokens(self._ids[kind])) for kind in _KINDS}

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from specvlm.core.errors import ConfigError, UnsupportedModel
 from specvlm.families import qwen_tower as vision
-from specvlm.families.base import Features, Inputs, Visual, register
+from specvlm.families.base import Features, Inputs, VideoShape, Visual, register
 from specvlm.families.common import Encoded, VisionFamily, cells
-from specvlm.families.pixels import Limits, normalize, processor_settings, resize
+from specvlm.families.pixels import PROCESSOR_FILES, Limits, normalize, processor_settings, resize
 from specvlm.media import Frames
 
 _DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "do_center_crop": False}
@@ -65,6 +65,20 @@ class LlavaOnevision(VisionFamily):
                 )
         layout = {"side": self._side, "pinpoints": self._pinpoints, "max_tiles": self._max_tiles}
         self.settings |= self._processors | layout
+
+    @classmethod
+    def video_shape(cls, config: Any, visual_tokens: int) -> VideoShape:
+        """Return the frames of about so many visual tokens: a tile each, and a newline behind the last."""
+        side = int(config.vision_config.image_size)
+        tokens = math.ceil(side // config.vision_config.patch_size / 2) ** 2
+        count = max(1, round((visual_tokens - 1) / tokens))
+        return VideoShape(side, count, count * tokens + 1)
+
+    @classmethod
+    def processor_files(cls, config: Any) -> dict[str, dict[str, Any]]:
+        """Return processor files that fit a HF config; see Family."""
+        side = int(config.vision_config.image_size)
+        return {name: {"size": {"height": side, "width": side}} for name in PROCESSOR_FILES}
 
     def _encode(self, media: Sequence[Frames], limits: Sequence[Limits], device: torch.device | str) -> list[Encoded]:
         is_alone = sum(frames.kind == "image" for frames in media) == 1

@@ -35,6 +35,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 
 _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as the checkpoints write them
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 _FILES = {
     "image": ("preprocessor_config.json",),
     "video": ("video_preprocessor_config.json", "preprocessor_config.json"),

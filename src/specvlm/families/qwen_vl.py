@@ -14,11 +14,12 @@ from torch import Tensor
 from specvlm.core.config import TEXT_POSITIONS, shown
 from specvlm.core.errors import ConfigError, UnsupportedModel
 from specvlm.families import qwen_tower as vision
-from specvlm.families.base import Features, Inputs, Visual, counting, register
+from specvlm.families.base import Features, Inputs, VideoShape, Visual, counting, register
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message
 from specvlm.families.pixels import (
     HALF,
+    PROCESSOR_FILES,
     Budget,
     Limits,
     exact_size,
@@ -55,6 +56,9 @@ _QWEN3_VIDEO_DEFAULTS: dict[str, Any] = _VIDEO_DEFAULTS | {
 }
 
 
+_MOST_CELLS = 16  # visual tokens along a side of a frame that is made up: 256 a time step
+_LEAST_STEPS = 4  # of a video that is made up
+_NO_LIMIT = 1 << 40  # pixels
 _TOWER_INPUTS = (
     ("image", "pixel_values", "image_grid_thw"),
     ("video", "pixel_values_videos", "video_grid_thw"),
@@ -163,6 +167,28 @@ class QwenVL(VisionFamily):
         for kind, settings in self._processors.items():
             _check_cells(directory, kind, settings, config.vision_config)
         self.settings |= self._processors
+
+    @classmethod
+    def video_shape(cls, config: Any, visual_tokens: int) -> VideoShape:
+        """Return the frames of about so many visual tokens: up to 16 x 16 of them a time step, of two frames each."""
+        vision = config.vision_config
+        cells = max(1, min(_MOST_CELLS, math.isqrt(visual_tokens // _LEAST_STEPS)))
+        steps = max(1, round(visual_tokens / cells**2))
+        side = cells * vision.patch_size * vision.spatial_merge_size
+        return VideoShape(side, steps * int(vision.temporal_patch_size), steps * cells**2)
+
+    @classmethod
+    def processor_files(cls, config: Any) -> dict[str, dict[str, Any]]:
+        """Return processor files that fit a HF config; see Family."""
+        vision = config.vision_config
+        cell = vision.patch_size * vision.spatial_merge_size
+        settings = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "size": {"shortest_edge": cell * cell, "longest_edge": _NO_LIMIT},
+        }
+        return dict.fromkeys(PROCESSOR_FILES, settings)
 
     def prepare(self, model: Any) -> None:
         """Serve a loaded HF model; see VisionFamily."""
@@ -293,6 +319,7 @@ class Qwen3VL(QwenVL):
     whole (vllm-project/vllm#46817); pixels, grids and everything else are equal to theirs.
     """
 
+    text_model_type = "qwen3"
     video_processor = "Qwen3VLVideoProcessor"
 
     def __init__(self, directory: str, config: Any, tokenizer: Any) -> None:

@@ -334,11 +334,11 @@ def check_pair(target: VideoLM, draft: VideoLM) -> None:
     Padding of the vocabulary may differ: token ids are compared, not sizes.
 
     Raises:
-        UnsupportedModel: another model_type or another tokenizer; the first differing entry is named.
+        UnsupportedModel: a family of another group or another tokenizer; the first differing entry is named.
     """
     if draft.hf is target.hf:
         return
-    if draft.model_type != target.model_type:
+    if draft.family.group != target.family.group:
         raise UnsupportedModel(
             f"draft {draft.name} is a {draft.model_type}, target {target.name} a {target.model_type}: "
             "choose a draft of the target's family"
