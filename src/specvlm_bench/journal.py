@@ -12,16 +12,17 @@ A line that a killed run left unfinished is cut off when the run goes on; what i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from specvlm.core.errors import ConfigError
+from filelock import BaseFileLock, FileLock, Timeout
+
+from specvlm.core.errors import ConfigError, one_line
 
 NAME = "answers.jsonl"
 PLAIN = "plain"  # the method that every other is compared with
@@ -101,11 +102,12 @@ class Journal:
 
     def __init__(self, directory: Path, origin: Mapping[str, Any]) -> None:
         self.directory = directory
-        self._file = _locked(directory / NAME)
+        self._lock = _locked(directory / NAME)
+        self._file = (directory / NAME).open("a+", encoding="utf-8")
         try:
             self.lines = self._begin({"kind": "run", **origin})
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _begin(self, origin: Line) -> list[Line]:
@@ -119,6 +121,11 @@ class Journal:
         self._file.truncate(content.rfind(b"\n") + 1)
         self._append(origin)
         return known
+
+    def close(self) -> None:
+        """Let another process write there."""
+        self._file.close()
+        self._lock.release()
 
     def write(self, line: Line) -> None:
         """Add a line; it is on the disk when this returns."""
@@ -136,25 +143,25 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
 
 
-def _locked(path: Path) -> TextIO:
+def _locked(path: Path) -> BaseFileLock:
+    """Return the lock of a journal, held; the file beside it stays there, as locks do."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        path.open("a", encoding="utf-8").close()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): give another folder") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        lock.acquire()
+    except Timeout as error:
         raise ConfigError(f"{path} is being written by another run: wait for it, or give another folder") from error
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"{path} cannot be locked ({error.strerror}): give a folder on a local disk") from error
-    file.seek(0)
-    return file
+    except (OSError, NotImplementedError) as error:
+        problem = f"{path} cannot be locked ({one_line(error)})"
+        raise ConfigError(f"{problem}: give a folder on a local disk") from error
+    return lock
 
 
 def _is_torn_start(content: bytes) -> bool:

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from specvlm_bench import style
 from specvlm_bench.journal import Line
-from specvlm_bench.report import protocol, template
+from specvlm_bench.report import protocol
 from specvlm_bench.report.figures import Drawing
 from specvlm_bench.report.render import Table
 from specvlm_bench.report.results import Results
@@ -40,9 +41,10 @@ def html(sections: Sequence[Section], comparisons: Sequence[Table]) -> str:
     """Return the page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     names = ", ".join(section.results.name for section in sections)
-    return environment.from_string(template.PAGE).render(
+    here = files("specvlm_bench.report")
+    return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
         title=f"Speculative decoding, {names}",
-        style=Markup(template.STYLE),
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
         runs=[_run(section, number) for number, section in enumerate(sections, 1)],
         comparisons=comparisons,
     )
