@@ -12,11 +12,6 @@ from torch import Tensor
 
 from specvlm.kernels import HAS_TRITON
 
-# What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
-tl: Any = None
-argument = Any
-constexpr = int
-
 _MANY_ROWS = 256  # from here on the rows alone fill the GPU
 
 
@@ -44,7 +39,7 @@ def silu_mul_triton(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     block, warps = _tiling(rows)
     tiles = -(-width // block)
-    _compiled()[(rows * tiles,)](
+    _kernel()[(rows * tiles,)](
         gate_up,
         out,
         gate_up.stride(0),
@@ -65,30 +60,6 @@ def _tiling(rows: int) -> tuple[int, int]:
 
 
 @cache
-def _compiled() -> Any:
+def _kernel() -> Any:
     """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
-    language = importlib.import_module("triton.language")
-    globals().update(tl=language, argument=language.tensor, constexpr=language.constexpr)
-    return importlib.import_module("triton").jit(_kernel)
-
-
-def _kernel(
-    gate_up: argument,
-    out: argument,
-    stride: argument,
-    WIDTH: constexpr,
-    TILES: constexpr,
-    BLOCK: constexpr,
-    PDL: constexpr,
-) -> None:
-    row = (tl.program_id(0) // TILES).to(tl.int64)
-    column = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    source = gate_up + row * stride + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (activated * up).to(out.dtype.element_ty), mask=inside)
+    return importlib.import_module("specvlm.kernels.activation_triton").silu_mul

@@ -15,11 +15,6 @@ from torch import Tensor
 
 from specvlm.kernels import HAS_TRITON
 
-# What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
-tl: Any = None
-argument = Any
-constexpr = int
-
 _MANY_ROWS = 256  # from here on the rows alone fill the GPU
 
 
@@ -59,7 +54,7 @@ def add_rms_norm_triton(
     rows, width = x.shape
     normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _tiling(rows, width)
-    _compiled()[(rows,)](
+    _kernel()[(rows,)](
         x,
         residual,
         weight,
@@ -85,39 +80,6 @@ def _tiling(rows: int, width: int) -> tuple[int, int]:
 
 
 @cache
-def _compiled() -> Any:
+def _kernel() -> Any:
     """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
-    language = importlib.import_module("triton.language")
-    globals().update(tl=language, argument=language.tensor, constexpr=language.constexpr)
-    return importlib.import_module("triton").jit(_kernel)
-
-
-def _kernel(
-    x: argument,
-    residual: argument,
-    weight: argument,
-    normed: argument,
-    x_stride: argument,
-    residual_stride: argument,
-    eps: argument,
-    WIDTH: constexpr,
-    BLOCK: constexpr,
-    PDL: constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    total = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        stream = residual + row * residual_stride + column
-        stored = tl.load(stream, mask=inside, other=0.0).to(tl.float32)
-        rounded = (total + stored).to(residual.dtype.element_ty)
-        tl.store(stream, rounded, mask=inside)
-        total = rounded.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(total * total, 0) / WIDTH + eps)
-    unit = (total * factor).to(normed.dtype.element_ty).to(tl.float32)
-    tl.store(normed + row * WIDTH + column, (unit * scale).to(normed.dtype.element_ty), mask=inside)
+    return importlib.import_module("specvlm.kernels.norm_triton").add_rms_norm

@@ -16,11 +16,6 @@ from torch import Tensor
 from specvlm.kernels import HAS_TRITON
 from specvlm.kernels.norm import add_rms_norm_reference
 
-# What a kernel may name, filled in by `_compiled`: Triton refuses other globals, in annotations too.
-tl: Any = None
-argument = Any
-constexpr = int
-
 _MANY_ROWS = 256  # from here on the tokens alone fill the GPU
 
 
@@ -117,7 +112,7 @@ def rope_and_store_triton(
     block = 1 << (head_dim - 1).bit_length()
     tile_heads, warps = _tiling(rows)
     tiles = -(-(heads + 2 * kv_heads) // tile_heads)
-    _compiled()[(rows * tiles,)](
+    _kernel()[(rows * tiles,)](
         qkv,
         cos,
         sin,
@@ -156,78 +151,6 @@ def _tiling(rows: int) -> tuple[int, int]:
 
 
 @cache
-def _compiled() -> Any:
+def _kernel() -> Any:
     """Return the jitted kernel. Triton is imported on first use, so that it stays optional."""
-    language = importlib.import_module("triton.language")
-    globals().update(tl=language, argument=language.tensor, constexpr=language.constexpr)
-    return importlib.import_module("triton").jit(_kernel, do_not_specialize=["offset"])
-
-
-def _kernel(
-    qkv: argument,
-    cos: argument,
-    sin: argument,
-    q_norm: argument,
-    k_norm: argument,
-    query: argument,
-    keys: argument,
-    values: argument,
-    start: argument,
-    offset: argument,
-    eps: argument,
-    qkv_stride: argument,
-    cos_stride: argument,
-    sin_stride: argument,
-    key_head_stride: argument,
-    key_row_stride: argument,
-    value_head_stride: argument,
-    value_row_stride: argument,
-    HEADS: constexpr,
-    KV_HEADS: constexpr,
-    WIDTH: constexpr,
-    TILES: constexpr,
-    TILE_HEADS: constexpr,
-    BLOCK: constexpr,
-    PDL: constexpr,
-) -> None:
-    token = (tl.program_id(0) // TILES).to(tl.int64)
-    head = tl.program_id(0) % TILES * TILE_HEADS + tl.arange(0, TILE_HEADS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    partner = (column + WIDTH // 2) % WIDTH
-    inside = column < WIDTH
-    is_query = inside & (head < HEADS)
-    is_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_value = inside & (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
-    if q_norm is not None:
-        scale = tl.load(q_norm + column, mask=is_query, other=0.0).to(tl.float32)
-        scale += tl.load(k_norm + column, mask=is_key, other=0.0).to(tl.float32)
-        partner_scale = tl.load(q_norm + partner, mask=is_query, other=0.0).to(tl.float32)
-        partner_scale += tl.load(k_norm + partner, mask=is_key, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-    source = qkv + token * qkv_stride + head * WIDTH
-    stored = tl.load(source + column, mask=is_query | is_key | is_value, other=0.0)
-    x = stored.to(tl.float32)
-    y = tl.load(source + partner, mask=is_query | is_key, other=0.0).to(tl.float32)
-    if q_norm is not None:
-        factor = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + eps)
-        x = (x * factor).to(stored.dtype).to(tl.float32) * scale
-        y = (y * factor).to(stored.dtype).to(tl.float32) * partner_scale
-        x = x.to(stored.dtype).to(tl.float32)
-        y = y.to(stored.dtype).to(tl.float32)
-
-    wide = cos.dtype.element_ty  # the products' type under torch's promotion, and so where they are rounded
-    angle_cos = tl.load(cos + token * cos_stride + column, mask=inside, other=0.0).to(tl.float32)
-    angle_sin = tl.load(sin + token * sin_stride + column, mask=inside, other=0.0).to(tl.float32)
-    angle_sin = tl.where(column < WIDTH // 2, -angle_sin, angle_sin)
-    turned = (x * angle_cos).to(wide).to(tl.float32) + (y * angle_sin).to(wide).to(tl.float32)
-    turned = turned.to(stored.dtype)
-
-    tl.store(query + (token * HEADS + head) * WIDTH + column, turned, mask=is_query)
-    row = tl.load(start).to(tl.int64) + offset + token
-    key_head = (head - HEADS).to(tl.int64)
-    tl.store(keys + key_head * key_head_stride + row * key_row_stride + column, turned, mask=is_key)
-    value_head = key_head - KV_HEADS
-    tl.store(values + value_head * value_head_stride + row * value_row_stride + column, stored, mask=is_value)
+    return importlib.import_module("specvlm.kernels.rope_triton").rope_and_store
