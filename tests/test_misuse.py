@@ -103,14 +103,14 @@ WRONG_PRUNED = {
 @pytest.mark.parametrize("per_visual", [False, True])
 @pytest.mark.parametrize("name", WRONG_PRUNED)
 def test_what_is_no_indices_is_refused(name, per_visual, model, monkeypatch):
-    monkeypatch.setattr("specvlm.prune.PRUNERS", dict(PRUNERS))
+    monkeypatch.setattr("specvlm.prune.selection.PRUNERS", dict(PRUNERS))
     pruner("strange", scored=False)(lambda scores, grid, count: WRONG_PRUNED[name])
     with pytest.raises(ConfigError, match=r"pruner 'strange' returned .* wanted"):
         ask(model, pruner="strange", per_visual=per_visual)
 
 
 def test_a_pruner_that_fails_is_named(model, monkeypatch):
-    monkeypatch.setattr("specvlm.prune.PRUNERS", dict(PRUNERS))
+    monkeypatch.setattr("specvlm.prune.selection.PRUNERS", dict(PRUNERS))
     pruner("strange", scored=False)(lambda scores, grid, count: scores[10**6])
     with pytest.raises(ConfigError, match="pruner 'strange' failed: IndexError"):
         ask(model, pruner="strange")

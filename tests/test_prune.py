@@ -39,7 +39,7 @@ def test_stage_one_is_the_smallest_set_that_covers_the_mass():
     scores = torch.tensor([0.05, 0.3, 0.05, 0.25, 0.05, 0.2, 0.05, 0.05])
     grid = cells(1, 1, 8)
     for mass, stage_one in ((0.3, {1}), (0.31, {1, 3}), (0.55, {1, 3}), (0.56, {1, 3, 5})):
-        kept = prune.verifier(scores, grid, len(stage_one), mass=mass, focus=1.0)
+        kept = prune.PRUNERS["verifier"](scores, grid, len(stage_one), mass=mass, focus=1.0)
         assert set(kept.tolist()) == stage_one
 
 

@@ -535,7 +535,7 @@ def test_a_pruner_from_a_file_is_ranked_beside_the_others(tmp_path, monkeypatch)
         "import torch\nfrom specvlm import pruner\n\n\n@pruner('recent')\ndef recent(scores, grid, count):\n"
         "    return torch.arange(len(scores) - count, len(scores), device=scores.device)\n"
     )
-    monkeypatch.setattr(prune, "PRUNERS", dict(prune.PRUNERS))
+    monkeypatch.setattr("specvlm.prune.selection.PRUNERS", dict(prune.PRUNERS))
     options = ("--load", str(file), "--methods", "plain,recent", "--method", "mine", "pruner=recent", "tree=chain:2")
     assert cli.main(command(tmp_path, *options, "--no-report", "--untimed")) == 0
     run = journal.read(tmp_path / "out")

@@ -21,7 +21,7 @@ _DEVICE = re.compile(r"auto|cpu(:0)?|cuda(:[0-9]{1,4})?")
 
 def pruners() -> Collection[str]:
     """Return the names of the pruners: those of this package, and once torch is there those that were registered."""
-    found: Collection[str] = getattr(sys.modules.get("specvlm.prune"), "PRUNERS", names.PRUNERS)
+    found: Collection[str] = getattr(sys.modules.get("specvlm.prune.selection"), "PRUNERS", names.pruners())
     return found
 
 
