@@ -18,7 +18,7 @@ from specvlm.check import inspect as inspection
 from specvlm.cli import main as cli
 from specvlm.engine.api import bundled
 from specvlm.engine.sources import DEFAULT_PROMPT
-from specvlm.speculate import draft
+from specvlm.speculate import drafters
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 PAIR = ("--target", TARGET, "--draft", tiny.checkpoint("qwen2_5_vl", "near"))
@@ -212,7 +212,7 @@ def test_help_names_every_setting_and_its_default(command, parts, capsys):
         assert " ".join(setting.metadata["help"].split()) in text
     assert "[default: 0.1]" in text
     assert "%%" not in text
-    for name in [*prune.PRUNERS, *(draft.DRAFTERS if "draft" in parts or not parts else ())]:
+    for name in [*prune.PRUNERS, *(drafters.DRAFTERS if "draft" in parts or not parts else ())]:
         assert name in text
 
 

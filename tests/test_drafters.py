@@ -21,7 +21,7 @@ from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import FusedSession
 from specvlm.speculate import policy
 from specvlm.speculate.costs import FREE_SIZES, GRAPH_SIZES, measure
-from specvlm.speculate.draft import Context, DraftWarning, create, kind
+from specvlm.speculate.drafters import Context, DraftWarning, create, kind
 from specvlm.speculate.growth import best, merged
 from specvlm.speculate.ngrams import Lookup
 from specvlm.speculate.policy import PLAIN, Choice

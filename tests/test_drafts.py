@@ -9,7 +9,8 @@ from conftest import load
 from specvlm import SpecVLM
 from specvlm.core.tree import PLAIN, parse
 from specvlm.engine import drafts
-from specvlm.speculate.draft import ModelDrafter, create
+from specvlm.speculate.drafters import create
+from specvlm.speculate.drafters.model import ModelDrafter
 from specvlm.speculate.lengths import Lengths
 from specvlm.speculate.memory import Memory, Recent, StepTimes
 from specvlm.speculate.pace import Costs

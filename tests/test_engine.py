@@ -21,7 +21,7 @@ from specvlm.core.rows import ancestors
 from specvlm.engine.api import _first_score_row
 from specvlm.runtime.model import VideoLM
 from specvlm.speculate import growth, policy, verify
-from specvlm.speculate.draft import DRAFTERS, Context, Drafter, create
+from specvlm.speculate.drafters import DRAFTERS, Context, Drafter, create
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
 LENGTH = 24
@@ -428,7 +428,7 @@ SAMPLINGS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.drafters.DraftWarning")
 @pytest.mark.parametrize(
     "sampling",
     [pytest.param(one, marks=[pytest.mark.slow] if one in SAMPLINGS[1:3] else []) for one in SAMPLINGS],

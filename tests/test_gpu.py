@@ -58,7 +58,7 @@ def test_fp32_is_lossless_wherever_the_draft_sits(family, draft_device):
 
 
 @TWO_GPUS
-@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.drafters.DraftWarning")
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize("places", [("cuda:1", "cuda:0"), ("cuda:1", "cuda:1"), ("cuda:1", "cpu"), ("cpu", "cuda:1")])
 def test_whichever_gpu_is_current(family, places, current):
@@ -102,7 +102,7 @@ def test_threads_capture_one_after_another(family):
     assert answers == [plain] * len(trees)
 
 
-@pytest.mark.filterwarnings("ignore::specvlm.speculate.draft.DraftWarning")
+@pytest.mark.filterwarnings("ignore::specvlm.speculate.drafters.DraftWarning")
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 20, "seed": 1}, {"repetition_penalty": 1.3}])
 def test_fp32_is_lossless_with_every_drafter(family, sampling):
     model = load_pair(family)

@@ -11,7 +11,7 @@ from specvlm import prune
 from specvlm.core import names
 from specvlm.kernels import quant
 from specvlm.runtime.model import resolve_dtype
-from specvlm.speculate import draft
+from specvlm.speculate import drafters
 from specvlm_bench import names as bench_names
 
 HEAVY = ("torch", "transformers", "av", "numpy", "matplotlib", "datasets", "huggingface_hub", "PIL")
@@ -125,7 +125,7 @@ def test_a_bad_command_line_is_answered_without_torch(line, answers):
 def test_the_names_told_without_torch_are_those_that_are_registered():
     own = {name for name, found in prune.PRUNERS.items() if found.__module__.startswith(f"{prune.__name__}.")}
     assert own == {*names.pruners()}
-    built_in = {name: cls for name, cls in draft.DRAFTERS.items() if cls.__module__ == draft.__name__}
+    built_in = {name: cls for name, cls in drafters.DRAFTERS.items() if cls.__module__.startswith(drafters.__name__)}
     assert {name: cls.prunes for name, cls in built_in.items()} == names.DRAFTERS
     from specvlm_bench import peers, planted
 

@@ -11,7 +11,7 @@ from conftest import load
 from specvlm import ConfigError, SpecVLM
 from specvlm.core.rows import Rows
 from specvlm.prune import PRUNERS, pruner
-from specvlm.speculate.draft import DRAFTERS, Drafter, drafter
+from specvlm.speculate.drafters import DRAFTERS, Drafter, drafter
 from specvlm.speculate.verify import Draft
 
 PARENTS = [-1, -1, 0, 1]
@@ -58,7 +58,7 @@ WRONG_DRAFTS = {
 
 @pytest.mark.parametrize("name", WRONG_DRAFTS)
 def test_what_is_no_draft_of_this_target_is_refused(name, model, monkeypatch):
-    monkeypatch.setattr("specvlm.speculate.draft.DRAFTERS", dict(DRAFTERS))
+    monkeypatch.setattr("specvlm.speculate.drafters.base.DRAFTERS", dict(DRAFTERS))
 
     @drafter("strange")
     class Strange(Drafter):
@@ -71,7 +71,7 @@ def test_what_is_no_draft_of_this_target_is_refused(name, model, monkeypatch):
 
 
 def test_a_strangers_good_drafts_change_nothing_and_its_failure_is_named(model, monkeypatch):
-    monkeypatch.setattr("specvlm.speculate.draft.DRAFTERS", dict(DRAFTERS))
+    monkeypatch.setattr("specvlm.speculate.drafters.base.DRAFTERS", dict(DRAFTERS))
 
     @drafter("good")
     class Good(Drafter):

@@ -21,7 +21,7 @@ from specvlm.engine.effects import SettingWarning
 from specvlm.engine.fit import FitWarning
 from specvlm.engine.text import Chunk
 from specvlm.prune import PRUNERS
-from specvlm.speculate.draft import DRAFTERS
+from specvlm.speculate.drafters import DRAFTERS
 
 TARGET = tiny.checkpoint("qwen2_5_vl", "target")
 MODEL = ("--target", TARGET)
@@ -226,7 +226,7 @@ def test_json_holds_decisions_only_on_demand(run):
 
 OWN = """
 from specvlm import pruner
-from specvlm.speculate.draft import Drafter, drafter
+from specvlm.speculate.drafters import Drafter, drafter
 from specvlm.speculate.verify import Draft
 
 @pruner("newest", scored=False)

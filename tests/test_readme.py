@@ -8,7 +8,7 @@ import pytest
 
 from specvlm import prune
 from specvlm.cli import main as cli
-from specvlm.speculate.draft import DRAFTERS
+from specvlm.speculate.drafters import DRAFTERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -47,7 +47,7 @@ from specvlm.core.errors import ConfigError, SpecVLMError, SpecVLMWarning, memor
 from specvlm.engine.account import Generation, Speculation, measure_peak, reset_peak
 from specvlm.engine.api import SpecVLM, bundled
 from specvlm.engine.request import Prefilled, Request
-from specvlm.speculate import draft as drafting
+from specvlm.speculate import drafters as drafting
 from specvlm_bench.data import Data, Sample
 from specvlm_bench.hardware import gpu_name
 from specvlm_bench.journal import PLAIN, Journal, Line
@@ -121,7 +121,7 @@ def check(model: SpecVLM, protocol: Protocol) -> None:
                 f"keep_tokens is not allowed beside method {name!r}, which has a keep_ratio: leave one out"
             )
         config = model.request(None, **{**protocol.settings, **settings}).config
-        if drafting.kind(config.draft, model.draft) is drafting.NoDrafter and config.draft.drafter != "none":
+        if drafting.kind(config.draft, model.draft) is drafting.DRAFTERS["none"] and config.draft.drafter != "none":
             raise ConfigError(f"method {name!r} needs a draft: give --draft, or leave the method out")
     told = {setting.name: setting.default for setting in fields(SamplingConfig) if setting.name not in _GENERATES}
     wrong = sorted(name for name, usual in told.items() if protocol.settings.get(name, usual) != usual)

@@ -27,13 +27,13 @@ def pruners() -> Collection[str]:
 
 def drafters() -> Collection[str]:
     """Return the names of the drafters, as `pruners` does."""
-    found: Collection[str] = getattr(sys.modules.get("specvlm.speculate.draft"), "DRAFTERS", names.DRAFTERS)
+    found: Collection[str] = getattr(sys.modules.get("specvlm.speculate.drafters.base"), "DRAFTERS", names.DRAFTERS)
     return found
 
 
 def prunes(drafter: str) -> bool:
     """Whether a drafter sees what a pruner keeps."""
-    registered: dict[str, Any] = getattr(sys.modules.get("specvlm.speculate.draft"), "DRAFTERS", {})
+    registered: dict[str, Any] = getattr(sys.modules.get("specvlm.speculate.drafters.base"), "DRAFTERS", {})
     return bool(registered[drafter].prunes) if drafter in registered else names.DRAFTERS[drafter]
 
 

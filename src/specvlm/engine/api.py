@@ -34,7 +34,7 @@ from specvlm.engine.text import Chunk, TextStream
 from specvlm.families import Inputs, Limits, Prompt, last_words, parse, texts
 from specvlm.runtime.model import VideoLM, check_pair, check_quant, resolve_device
 from specvlm.runtime.session import Session
-from specvlm.speculate import draft as drafting
+from specvlm.speculate import drafters as drafting
 from specvlm.speculate import verify
 from specvlm.speculate.memory import Memory
 
@@ -339,7 +339,7 @@ class SpecVLM:
         """
         config = config or self.config
         found = drafting.kind(config.draft, self.draft)
-        drafter = "none" if found is drafting.NoDrafter else config.draft.drafter
+        drafter = "none" if found is drafting.DRAFTERS["none"] else config.draft.drafter
         return effects.without_effect(config, given, drafter, prunes=is_drawn or found.prunes)
 
     def generate_request(

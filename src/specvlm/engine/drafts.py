@@ -19,8 +19,8 @@ from specvlm.engine.request import Prefilled, Request
 from specvlm.runtime import attention
 from specvlm.runtime.model import VideoLM
 from specvlm.speculate import costs, verify
-from specvlm.speculate import draft as drafting
-from specvlm.speculate.draft import Context, Drafter
+from specvlm.speculate import drafters as drafting
+from specvlm.speculate.drafters import Context, Drafter
 from specvlm.speculate.memory import Memory
 from specvlm.speculate.pace import Costs, Pace
 from specvlm.speculate.policy import Acceptance, Auto, Choice, Credit, Fixed, Observation, Policy, Start

@@ -11,7 +11,7 @@ import torch
 from specvlm.core.clock import wait
 from specvlm.core.tree import Shape, Tree
 from specvlm.runtime.session import Session
-from specvlm.speculate.draft import Drafter
+from specvlm.speculate.drafters.base import Drafter
 from specvlm.speculate.pace import Costs
 from specvlm.speculate.policy import WIDTHS
 

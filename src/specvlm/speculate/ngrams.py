@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from specvlm.families import Prompt
 
 LONGEST = 3  # tokens that must match, at first
 SHORTEST = 2
@@ -51,3 +53,11 @@ class Lookup:
                 break
             found.append(token)
         return found
+
+
+def words_of(prompt: Prompt, text: Sequence[int]) -> Lookup:
+    """Return the index of the words of a prompt and of a text, over whose visual tokens no match reaches."""
+    words = Lookup(set(prompt.input_ids[prompt.visual_index].tolist()))
+    words.extend(prompt.input_ids.tolist())
+    words.extend(text)
+    return words
