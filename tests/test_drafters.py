@@ -20,12 +20,12 @@ from specvlm.runtime.graphs import Workspace
 from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import FusedSession
 from specvlm.speculate import policy
+from specvlm.speculate.accept import Draft
 from specvlm.speculate.costs import FREE_SIZES, GRAPH_SIZES, measure
 from specvlm.speculate.drafters import Context, DraftWarning, create, kind
 from specvlm.speculate.growth import best, merged
 from specvlm.speculate.ngrams import Lookup
 from specvlm.speculate.policy import PLAIN, Choice
-from specvlm.speculate.verify import Draft
 
 PROMPT = "What happens in the video?"
 

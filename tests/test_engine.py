@@ -20,7 +20,7 @@ from specvlm.core.errors import CapacityError
 from specvlm.core.rows import ancestors
 from specvlm.engine.api import _first_score_row
 from specvlm.runtime.model import VideoLM
-from specvlm.speculate import growth, policy, verify
+from specvlm.speculate import accept, growth, policy
 from specvlm.speculate.drafters import DRAFTERS, Context, Drafter, create
 
 PROMPT = "What happens in the video? Two balls follow the red one to the left."
@@ -350,7 +350,7 @@ def test_the_drafted_tree_is_the_drafts_own_ranking_on_the_kept_tokens(pair, pen
             logits = next_logits(session, pruned, words, penalty)
             assert tokens[node] == logits.topk(4).indices[topology.ranks[node]]
         words = tuple(tokens[list(path)].tolist())
-        observed = drafter.commit(verify.Accepted(path, (*words, 17), tuple(draft.notes.tolist())))
+        observed = drafter.commit(accept.Accepted(path, (*words, 17), tuple(draft.notes.tolist())))
         hits = [topology.ranks[node] for node in path]
         run = [node for node in path if node in topology.parents]  # only rows that were run had candidates
         assert [seen.depth for seen in observed] == list(range(1, len(run) + 2))
@@ -368,8 +368,8 @@ def next_logits(session, prompt, words, penalty=1.0):
     """The logits after words behind the known text, which stays as it is."""
     logits = session.step(torch.tensor(words), range(-1, len(words) - 1))[-1]
     session.keep(())
-    seen = verify.seen_in(torch.cat([prompt.input_ids, torch.tensor(words)]), logits.shape[0])
-    return verify.penalise(logits, seen, penalty)
+    seen = accept.seen_in(torch.cat([prompt.input_ids, torch.tensor(words)]), logits.shape[0])
+    return accept.penalise(logits, seen, penalty)
 
 
 @pytest.mark.parametrize("spec", ["dynamic:7:3", "dynamic:25:5", "dynamic:4:4", "dynamic:60:6"])
@@ -461,7 +461,7 @@ def test_a_drafter_that_ignores_its_budget_cannot_lengthen_the_text(pair, monkey
     class Greedy(DRAFTERS["none"]):
         def propose(self, token, drafted):
             place = whole.index(token) + 1
-            return verify.Draft.of(whole[place : place + 5], range(-1, len(whole[place:][:5]) - 1))
+            return accept.Draft.of(whole[place : place + 5], range(-1, len(whole[place:][:5]) - 1))
 
     monkeypatch.setitem(DRAFTERS, "greedy", Greedy)
     answer = ask(pair, drafter="greedy", max_new_tokens=3)
@@ -482,7 +482,7 @@ def test_sampling_end_to_end_has_the_targets_law():
     def follow(path):
         start.session.rollback()
         logits = start.session.step(torch.tensor(path), range(-1, len(path) - 1))[-1:] if path else start.logits[None]
-        return verify.logits_to_probs(logits, sampling)[0]
+        return accept.logits_to_probs(logits, sampling)[0]
 
     law = {}
     for one in follow([]).nonzero().flatten().tolist():
@@ -516,7 +516,7 @@ def test_a_prefill_says_what_it_has_no_room_for(pair):
 def test_a_draft_of_too_many_nodes_is_named(pair, monkeypatch):
     class Wide(Drafter):
         def propose(self, token, drafted):
-            return verify.Draft.of([0] * 200, [-1] * 200)
+            return accept.Draft.of([0] * 200, [-1] * 200)
 
     monkeypatch.setitem(DRAFTERS, "wide", Wide)
     with pytest.raises(ConfigError, match="200 nodes are more than 127"):

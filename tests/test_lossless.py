@@ -14,7 +14,7 @@ from specvlm.check.lossless import WAYS, verify
 from specvlm.cli import main as cli
 from specvlm.runtime import attention
 from specvlm.runtime.model import VideoLM
-from specvlm.speculate.verify import Verifier
+from specvlm.speculate.accept import Verifier
 
 PROMPT = "What happens in the video?"
 SHORT = {"max_new_tokens": 24}

@@ -11,8 +11,8 @@ from conftest import load
 from specvlm import ConfigError, SpecVLM
 from specvlm.core.rows import Rows
 from specvlm.prune import PRUNERS, pruner
+from specvlm.speculate.accept import Draft
 from specvlm.speculate.drafters import DRAFTERS, Drafter, drafter
-from specvlm.speculate.verify import Draft
 
 PARENTS = [-1, -1, 0, 1]
 GOOD = Draft.of([5, 6, 7, 8], PARENTS)

@@ -227,7 +227,7 @@ def test_json_holds_decisions_only_on_demand(run):
 OWN = """
 from specvlm import pruner
 from specvlm.speculate.drafters import Drafter, drafter
-from specvlm.speculate.verify import Draft
+from specvlm.speculate.accept import Draft
 
 @pruner("newest", scored=False)
 def newest(scores, grid, count):

@@ -34,8 +34,8 @@ from specvlm.engine.text import Chunk, TextStream
 from specvlm.families import Inputs, Limits, Prompt, last_words, parse, texts
 from specvlm.runtime.model import VideoLM, check_pair, check_quant, resolve_device
 from specvlm.runtime.session import Session
+from specvlm.speculate import accept
 from specvlm.speculate import drafters as drafting
-from specvlm.speculate import verify
 from specvlm.speculate.memory import Memory
 
 _MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
@@ -46,8 +46,8 @@ class Round(ByValue):
     """What one target pass added. The first comes from the prefill and drafts nothing."""
 
     token_ids: tuple[int, ...]  # new tokens of the text, the bonus token last, cut where the text ends
-    draft: verify.Draft  # what was proposed; on a GPU the next round overwrites its tensors
-    accepted: verify.Accepted  # what of it the target agreed with
+    draft: accept.Draft  # what was proposed; on a GPU the next round overwrites its tensors
+    accepted: accept.Accepted  # what of it the target agreed with
     finish_reason: str | None  # on the last round: "stop" (end-of-sequence token) or "length"
 
     @property
@@ -242,10 +242,10 @@ class SpecVLM:
             raise CapacityError(f"{problem}: prefill again with that setting")
         ids = start.prompt.input_ids
         processors = self.target.rules.processors(ids, sampling)
-        verifier = verify.Verifier(sampling, verify.seen_in(ids, self.target.vocab_size), processors)
+        verifier = accept.Verifier(sampling, accept.seen_in(ids, self.target.vocab_size), processors)
         ending = _Ending(sampling, self.target.eos_ids)
 
-        draft = verify.Draft.empty(self.target.device)
+        draft = accept.Draft.empty(self.target.device)
         observe(start.logits[None])
         latest = ending.cut(draft, verifier.accept(start.logits[None], draft))
         request.speculation.add(0, 0)
@@ -441,7 +441,7 @@ class _Ending:
         self.left = sampling.max_new_tokens  # tokens that may still come
         self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
 
-    def cut(self, draft: verify.Draft, accepted: verify.Accepted) -> Round:
+    def cut(self, draft: accept.Draft, accepted: accept.Accepted) -> Round:
         """Return the round with its tokens cut where the text ends."""
         tokens = accepted.token_ids[: self.left]
         ends = next((place for place, token in enumerate(tokens) if token in self._eos_ids), None)
@@ -459,7 +459,7 @@ class _Run:
     request: Request
     session: Session
     drafts: Drafts
-    verifier: verify.Verifier
+    verifier: accept.Verifier
     ending: _Ending
     observe: Callable[[Tensor], None]  # told the logits of every pass
 

@@ -18,7 +18,7 @@ from specvlm.core.tree import PLAIN
 from specvlm.engine.request import Prefilled, Request
 from specvlm.runtime import attention
 from specvlm.runtime.model import VideoLM
-from specvlm.speculate import costs, verify
+from specvlm.speculate import accept, costs
 from specvlm.speculate import drafters as drafting
 from specvlm.speculate.drafters import Context, Drafter
 from specvlm.speculate.memory import Memory
@@ -93,10 +93,10 @@ class Drafts:
         self._text.append(token)
         return choice
 
-    def propose(self, choice: Choice) -> verify.Draft:
+    def propose(self, choice: Choice) -> accept.Draft:
         """Draft after the newest token."""
         if self._drafter is None:
-            return verify.Draft.empty(self._target.device)
+            return accept.Draft.empty(self._target.device)
         draft = drafting.propose(self._drafter, self._text[-1], choice.drafted, self._target)
         return draft.to(self._target.device)
 
@@ -108,7 +108,7 @@ class Drafts:
         """Prepare the next choice while a GPU is busy with the round."""
         self._policy.foresee()
 
-    def commit(self, accepted: verify.Accepted) -> Sequence[Observation]:
+    def commit(self, accepted: accept.Accepted) -> Sequence[Observation]:
         """Take in what of the last draft stands; return what it showed."""
         self._text += accepted.token_ids[:-1]
         return () if self._drafter is None else self._drafter.commit(accepted)

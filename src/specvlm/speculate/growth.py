@@ -17,8 +17,8 @@ from torch import Tensor
 from specvlm.core.rows import Rows, ancestors_on_device
 from specvlm.core.tree import NUM_RANKS, Shape, Tree
 from specvlm.core.upload import upload
+from specvlm.speculate.accept import Accepted, Draft
 from specvlm.speculate.policy import BIN_EDGES, Observation
-from specvlm.speculate.verify import Accepted, Draft
 
 # Every round begins with the last two known tokens. The older one was often run before (it is not where a leaf was
 # accepted), but running it again costs nothing beside reading the weights, and the round keeps one shape.

@@ -19,8 +19,8 @@ from specvlm.runtime import attention
 from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import Session
 from specvlm.speculate import policy
+from specvlm.speculate.accept import Accepted, Draft
 from specvlm.speculate.policy import Acceptance, Observation
-from specvlm.speculate.verify import Accepted, Draft
 
 
 class DraftWarning(SpecVLMWarning):

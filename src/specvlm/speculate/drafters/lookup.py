@@ -10,10 +10,10 @@ from specvlm.core.config import DraftConfig
 from specvlm.core.tree import Shape, Tree
 from specvlm.core.upload import upload
 from specvlm.runtime.model import VideoLM
+from specvlm.speculate.accept import Accepted, Draft
 from specvlm.speculate.drafters.base import Context, Drafter, drafter
 from specvlm.speculate.ngrams import words_of
 from specvlm.speculate.policy import Observation
-from specvlm.speculate.verify import Accepted, Draft
 
 
 @drafter("lookup")

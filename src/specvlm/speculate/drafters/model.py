@@ -20,12 +20,12 @@ from specvlm.core.upload import staged, upload
 from specvlm.families import Prompt
 from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import Session
-from specvlm.speculate import policy, verify
+from specvlm.speculate import accept, policy
+from specvlm.speculate.accept import Accepted, Draft
 from specvlm.speculate.drafters.base import Context, Drafter, drafter
 from specvlm.speculate.growth import HEAD, Growth, merged
 from specvlm.speculate.ngrams import words_of
 from specvlm.speculate.policy import Observation
-from specvlm.speculate.verify import Accepted, Draft
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class ModelDrafter(Drafter):
         self.device = model.device
         self._drafted: Shape | Tree = tree.PLAIN
         self._num_nodes = 0
-        self._sampling, self._chooser = context.sampling, verify.Chooser(context.sampling)
+        self._sampling, self._chooser = context.sampling, accept.Chooser(context.sampling)
         self._shared = min(model.vocab_size, context.target.vocab_size)
         bias = context.target.rules.bias
         self._law = (self._shared, bias is None, *self._sampling.law)  # baked into a round's graphs, beside its shape
@@ -66,7 +66,7 @@ class ModelDrafter(Drafter):
     def _set_up_memory(self, prompt: Prompt, bias: Tensor | None) -> None:
         """Set up what the graphs of the draft's session read."""
         model, own = self._model, self._session.workspace.own
-        seen = verify.seen_in(prompt.input_ids.to(model.device), model.vocab_size)
+        seen = accept.seen_in(prompt.input_ids.to(model.device), model.vocab_size)
         self._seen: Tensor = own("seen", lambda: torch.empty_like(seen)).copy_(seen)
         self._bias: Tensor | None = None  # on the logits, [shared]
         if bias is not None:
@@ -177,8 +177,8 @@ class ModelDrafter(Drafter):
             logits = logits + self._bias
         if self._sampling.penalty != 1:
             before = growth.row_tokens[: rows.sees.shape[1]]
-            seen = verify.seen_before(self._seen[: self._shared], before, rows.sees)
-            logits = verify.penalise(logits, seen, self._sampling.penalty)
+            seen = accept.seen_before(self._seen[: self._shared], before, rows.sees)
+            logits = accept.penalise(logits, seen, self._sampling.penalty)
         if not self._chooser.is_greedy:  # the root, at depth 2 behind the head, stands where the next token is chosen
             places = self._clock[:1] + (rows.depths - len(HEAD))
             logits = self._chooser.scores(logits, places, seed=self._clock[1])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from specvlm.core.config import DraftConfig
 from specvlm.core.tree import Shape, Tree
+from specvlm.speculate.accept import Draft
 from specvlm.speculate.drafters.base import Drafter, drafter
-from specvlm.speculate.verify import Draft
 
 
 @drafter("none")

@@ -13,11 +13,11 @@ from specvlm.prune import select
 from specvlm.runtime import attention
 from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import Session
+from specvlm.speculate.accept import Accepted
 from specvlm.speculate.drafters.base import Context, DraftWarning, drafter
 from specvlm.speculate.drafters.model import ModelDrafter
 from specvlm.speculate.growth import HEAD
 from specvlm.speculate.policy import Observation
-from specvlm.speculate.verify import Accepted
 
 
 @drafter("self")

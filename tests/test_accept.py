@@ -14,8 +14,8 @@ from transformers import (
 from specvlm.core import tree
 from specvlm.core.config import SamplingConfig
 from specvlm.core.rows import Rows
-from specvlm.speculate import verify
-from specvlm.speculate.verify import Accepted, Chooser, Draft, Verifier, accept, gumbel
+from specvlm.speculate import accept as accepting
+from specvlm.speculate.accept import Accepted, Chooser, Draft, Verifier, accept, gumbel
 
 PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 
@@ -33,7 +33,7 @@ def test_the_choice_follows_the_targets_distribution_over_all_noise(probs, steps
     """
     uniform = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     noise = torch.cartesian_prod(*[-(-uniform.log()).log()] * len(probs))
-    monkeypatch.setattr(verify, "gumbel", lambda seed, places, vocab_size: noise)
+    monkeypatch.setattr(accepting, "gumbel", lambda seed, places, vocab_size: noise)
     logits = torch.tensor(probs, dtype=torch.float64).log()[None]
     choice = sampled().scores(logits, torch.zeros(1)).argmax(-1)
     law = torch.bincount(choice, minlength=len(probs)) / len(noise)
@@ -151,15 +151,15 @@ def test_empty_places_are_never_accepted():
 def test_the_distribution_is_that_of_transformers(settings, processors):
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
     expected = LogitsProcessorList(processors)(None, logits.clone()).softmax(-1)
-    torch.testing.assert_close(verify.logits_to_probs(logits, SamplingConfig(**settings)), expected)
+    torch.testing.assert_close(accepting.logits_to_probs(logits, SamplingConfig(**settings)), expected)
 
 
 def test_the_penalty_counts_each_rows_own_path():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     prompt, tokens = [7, 7, 2], torch.tensor([4, 5, 6])
     sees = Rows.of((-1, 0, 0, 1), 4, torch.device("cpu")).sees[:, 1:]
-    seen = verify.seen_before(verify.seen_in(torch.tensor(prompt), 10), tokens, sees)
-    ours = verify.penalise(logits, seen, 1.5)
+    seen = accepting.seen_before(accepting.seen_in(torch.tensor(prompt), 10), tokens, sees)
+    ours = accepting.penalise(logits, seen, 1.5)
     theirs = RepetitionPenaltyLogitsProcessor(1.5)
     for row, path in enumerate([[], [4], [5], [4, 6]]):
         expected = theirs(torch.tensor([prompt + path]), logits[row : row + 1].clone())
