@@ -2,6 +2,7 @@
 # make test: install into .venv and run all checks.
 # make test-slow: the rest of the checks: more clips, more shapes of kernels.
 # make test-latest: the same with the newest version of everything, in .venv-latest.
+# make docs: the site of docs/, in build/site; it needs no network to be built or read.
 # make lock: choose the versions that all others install, requirements/*.txt. What is locked stays; UPGRADE=1 takes what is
 #   newest. Made with Python 3.11 on Linux x86_64; elsewhere what the lists lack is installed unpinned.
 # Python 3.11 or newer is all that must be there.
@@ -18,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install -q
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q $(if $(UPGRADE),--upgrade) --strip-extras --allow-unsafe \
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: demo test test-slow test-latest lint lock report studies plots clean
+.PHONY: demo test test-slow test-latest lint docs lock report studies plots clean
 
 $(VENV)/base: requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,10 @@ $(VENV)/demo: $(VENV)/base pyproject.toml
 
 $(VENV)/report: $(VENV)/demo
 	$(INSTALL) $(LOCK) --no-build-isolation -e ".[bench]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/demo
+	$(INSTALL) $(LOCK) --no-build-isolation -e ".[docs]"
 	touch $@
 
 # Beside the environment, never in it: torchvision, the oracle for pixels, which without its own build of torch breaks
@@ -63,6 +68,10 @@ test-slow: $(VENV)/test
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= LOCK_OLDER= LMMS_EVAL=lmms_eval
+
+# the variable silences an advertisement for another tool
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 lock: $(VENV)/base
 	$(INSTALL) $(LOCK) pip-tools
