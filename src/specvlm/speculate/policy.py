@@ -451,6 +451,8 @@ class Auto:
         self._depths = np.array([drafted.depth for drafted in self._candidates], dtype=np.int64)
         self._rounds = Rounds(self._candidates)
         self._expectation = _Expectation(self._candidates)
+        self._ms: Array | None = None  # of the candidates, by the pace as it is now; None: not worked out yet
+        self._heard: list[tuple[Shape | Tree, float, int]] = []  # rounds that the pace has not learnt from yet
         self._version = -2  # of the acceptance that _tokens were computed from
         self._tokens = np.ones(len(self._candidates))
         self._num_tokens = 1  # of the text; the prefill gave one
@@ -473,7 +475,7 @@ class Auto:
         plain = Choice(PLAIN, 1.0, plain_ms, plain_ms)
         if not (self.pace.is_known and len(self._candidates)):
             return plain
-        ms = self.pace.rounds_ms(self._rounds, self._late)
+        ms = self._rounds_ms()
         open_ms = _UNSURE_ROOM if self.pace.is_guess and not self.pace.has_drafted else 1.0
         fits = (self._depths <= left) & (ms < (self._depths + 1) * plain_ms * open_ms)
         if not fits.any():
@@ -545,7 +547,9 @@ class Auto:
         return math.ceil(max(for_room, for_turn, 0.0))
 
     def foresee(self) -> None:
-        """Work out what all candidates are worth, by the evidence so far."""
+        """Work out what all candidates are worth and take, by the evidence so far."""
+        self._learn_pace()
+        self._ms = self.pace.rounds_ms(self._rounds)
         if self._version != self.acceptance.version:
             self._tokens = self._expectation.tokens(self.acceptance.by_depth(self._expectation.depth))
             self._version = self.acceptance.version
@@ -558,7 +562,9 @@ class Auto:
         expected_ms = self.pace.round_ms(drafted, self._late)
         self.acceptance.learn(observations)
         if ms is not None:
-            self.pace.learn(drafted, ms, self._late)
+            self._heard.append((drafted, ms, self._late))
+            if not len(drafted) or len(self._heard) > 1:
+                self._learn_pace()
         took_ms = expected_ms if ms is None or not self.pace.is_known else ms
         is_idle = not len(drafted) or (ms is None and not observations)  # there may have been nothing to propose
         if is_idle:
@@ -571,6 +577,19 @@ class Auto:
         self._missed = self._missed + num_tokens if not len(drafted) else 0
         self._since_plain = 0.0 if is_idle else self._since_plain + took_ms
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
+
+    def _learn_pace(self) -> None:
+        """Take in what rounds took: while a GPU is busy where that can wait, for it takes longer than a choice."""
+        for drafted, ms, late in self._heard:
+            self.pace.learn(drafted, ms, late)
+            self._ms = None
+        self._heard.clear()
+
+    def _rounds_ms(self) -> Array:
+        """Return the milliseconds [candidates] of a round that comes next."""
+        if self._late or self._ms is None:
+            return self.pace.rounds_ms(self._rounds, self._late)
+        return self._ms
 
     @property
     def _is_tried(self) -> bool:
