@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import statistics
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -584,12 +584,24 @@ def test_the_first_round_is_modest():
         assert 1 <= auto(costs, SHAPES).choose(99).drafted.depth <= 3
 
 
-def test_choosing_is_quick():
-    chooser = auto(BF16, SHAPES)
-    seen = [Observation(depth, 0, (0, 3, 5, 6)) for depth in range(1, 6)]
-    times = []
-    for _ in range(50):
-        begin = time.perf_counter()
-        chooser.learn(chooser.choose(99), seen, 6)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 3e-3  # 0.15 ms on one core
+def test_choosing_is_a_few_calls():
+    """A GPU waits for it: what grows with the candidates is worked out in `foresee`, while the GPU is busy."""
+    calls = []
+    for shapes in (SHAPES, SHAPES[::4]):
+        chooser = auto(BF16, shapes)
+        seen = [Observation(depth, 0, (0, 3, 5, 6)) for depth in range(1, 6)]
+        for _ in range(5):
+            choice = chooser.choose(99)
+            chooser.foresee()
+            chooser.learn(choice, seen, 6, 30.0)
+        count = 0
+
+        def heard(frame, event, argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(heard)
+        chooser.choose(99)
+        sys.setprofile(None)
+        calls.append(count)
+    assert 0 < calls[0] == calls[1] < 60
