@@ -59,15 +59,15 @@ def test_no_round_exceeds_the_budget_whatever_the_draft_does(start_ms):
         fails = dice.random()
         for done in range(1, 120):
             choice, ms = chooser.choose(119 - done), 6.0
-            if len(choice.drafted):
+            if len(choice.topology):
                 if begun_ms < start_ms:
                     chooser.started()
                     begun_ms = lost = start_ms
-                hits = 0 if dice.random() < fails else dice.randint(1, choice.drafted.depth)
+                hits = 0 if dice.random() < fails else dice.randint(1, choice.topology.depth)
                 fails = min(max(fails + dice.uniform(-0.3, 0.3), 0.0), 1.0)
-                ms = chooser.pace.round_ms(choice.drafted)
+                ms = chooser.pace.round_ms(choice.topology)
                 seen = [Observation(at + 1, 0) for at in range(hits)] + [Observation(hits + 1, None)]
-                chooser.learn(choice, seen[: choice.drafted.depth], hits + 1)
+                chooser.learn(choice, seen[: choice.topology.depth], hits + 1)
                 lost += ms - 6.0 * (hits + 1)
                 spent += 6.0 * (hits + 1)
             else:
@@ -120,7 +120,7 @@ def test_a_long_answer_begins_with_an_untrusted_draft_only_where_its_own_share_p
     chooser = Auto(Pace(CPU.costs), FREE, acceptance, credit, start)
     for begun in range(1, 700):
         choice = chooser.choose(700 - begun)
-        if len(choice.drafted):
+        if len(choice.topology):
             break
         chooser.learn(choice, [], 1, 6.0)
     assert 100 < begun < 200
@@ -204,4 +204,4 @@ def test_a_good_draft_gains_nearly_what_the_best_fixed_tree_does(name, first, la
 
 def test_a_plain_step_is_seen_before_anything_is_drafted():
     chooser = Auto(Pace(wrong(CPU.costs, plain=2)), FREE, start=policy.NO_START)
-    assert chooser.choose(99).drafted == PLAIN
+    assert chooser.choose(99).topology == PLAIN

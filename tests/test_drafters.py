@@ -22,8 +22,8 @@ from specvlm.runtime.session import FusedSession
 from specvlm.speculate import policy
 from specvlm.speculate.accept import Draft
 from specvlm.speculate.costs import FREE_SIZES, GRAPH_SIZES, measure
-from specvlm.speculate.drafters import Context, DraftWarning, create, kind
-from specvlm.speculate.growth import best, merged
+from specvlm.speculate.drafters import Context, DraftWarning, create, drafter_class
+from specvlm.speculate.growth import append_chain, best
 from specvlm.speculate.ngrams import Lookup
 from specvlm.speculate.policy import PLAIN, Choice
 
@@ -76,7 +76,7 @@ def test_a_row_that_the_parts_do_not_divide_stays_whole():
 
 def test_lookup_is_a_branch_of_its_own():
     draft = Draft.of([5, 6, 7], [-1, -1, 0])
-    both = merged(draft, [8, 9], torch.device("cpu"))
+    both = append_chain(draft, [8, 9], torch.device("cpu"))
     assert both.tokens.tolist() == [5, 6, 7, 8, 9]
     assert both.parents.tolist() == [-1, -1, 0, -1, 3]
     expected = Rows.of((-1, 0, 0, 1, 0, 4), 6, torch.device("cpu"))
@@ -280,15 +280,15 @@ def test_a_pass_that_could_not_verify_the_looked_up_tokens_is_refused_beforehand
 def test_a_policy_keeps_to_the_tree_that_was_named(pair, sizes):
     def options(drafter, spec):
         settings = pair.config.replace(drafter=drafter, tree=spec, policy="auto")
-        return kind(settings.draft, pair.draft).options(settings.draft, sizes)
+        return drafter_class(settings.draft, pair.draft).options(settings.draft, sizes)
 
     bounded = options("model", "dynamic:8:2")
-    assert max(len(drafted) for drafted in bounded) in (7, 8)
-    assert max(drafted.depth for drafted in bounded) == 2
+    assert max(len(topology) for topology in bounded) in (7, 8)
+    assert max(topology.depth for topology in bounded) == 2
     assert options("model", "dynamic:1:1") == [Shape(1, 1, 1)]
     assert options("model", "paper") == [tree.parse("paper")]
-    assert [len(drafted) for drafted in options("lookup", "chain:2")] == [1, 2]
-    assert max(len(drafted) for drafted in options("lookup", "dynamic")) == 31
+    assert [len(topology) for topology in options("lookup", "chain:2")] == [1, 2]
+    assert max(len(topology) for topology in options("lookup", "dynamic")) == 31
 
 
 def test_a_pruner_that_keeps_fewer_later_leaves_the_kept_tokens_as_they_are(monkeypatch):
@@ -334,5 +334,5 @@ def test_the_time_of_every_capture_is_told_apart(monkeypatch):
     for _ in range(1 + len(choices)):
         next(rounds)
     kinds = {key[0] for key, _ in found}
-    assert kinds == {"rows", "head", "level", "nodes"}
+    assert kinds == {"rows", "overlap", "level", "nodes"}
     assert all(is_capturing for _, is_capturing in found), found

@@ -32,7 +32,7 @@ def asked(monkeypatch):
     costs = Costs.guess(PLAIN_MS, 0.1)
 
     def told(self, choice, seen, num_tokens, ms):
-        learn(self, choice, seen, num_tokens, None if ms is None else costs.round_ms(choice.drafted))
+        learn(self, choice, seen, num_tokens, None if ms is None else costs.round_ms(choice.topology))
 
     monkeypatch.setattr(Auto, "learn", told)
     monkeypatch.setattr(ModelDrafter, "relative_size", lambda model, target: 0.1)  # whatever the tiny ones have
@@ -61,7 +61,7 @@ def begun(answer):
     """Return the tokens that came before the first round that drafted, None where none did."""
     tokens = 1
     for decision in answer.decisions:
-        if len(decision.choice.drafted):
+        if len(decision.choice.topology):
             return tokens
         tokens += decision.num_tokens
     return None
@@ -124,10 +124,10 @@ def test_a_draft_that_begins_late_knows_the_text_so_far(pair, monkeypatch, draft
     shape, rounds = parse("chain:3"), iter(())
     propose = ModelDrafter.propose
 
-    def rehearsed(self, token, drafted):
-        for _ in range(rehearsals if len(drafted) else 0):
-            self.rehearse(drafted)
-        return propose(self, token, drafted)
+    def rehearsed(self, token, topology):
+        for _ in range(rehearsals if len(topology) else 0):
+            self.rehearse(topology)
+        return propose(self, token, topology)
 
     monkeypatch.setattr(ModelDrafter, "propose", rehearsed)
 

@@ -459,7 +459,7 @@ def test_a_drafter_that_ignores_its_budget_cannot_lengthen_the_text(pair, monkey
     whole = ask(pair, drafter="none").token_ids
 
     class Greedy(DRAFTERS["none"]):
-        def propose(self, token, drafted):
+        def propose(self, token, topology):
             place = whole.index(token) + 1
             return accept.Draft.of(whole[place : place + 5], range(-1, len(whole[place:][:5]) - 1))
 
@@ -515,7 +515,7 @@ def test_a_prefill_says_what_it_has_no_room_for(pair):
 
 def test_a_draft_of_too_many_nodes_is_named(pair, monkeypatch):
     class Wide(Drafter):
-        def propose(self, token, drafted):
+        def propose(self, token, topology):
             return accept.Draft.of([0] * 200, [-1] * 200)
 
     monkeypatch.setitem(DRAFTERS, "wide", Wide)

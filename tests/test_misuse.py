@@ -62,7 +62,7 @@ def test_what_is_no_draft_of_this_target_is_refused(name, model, monkeypatch):
 
     @drafter("strange")
     class Strange(Drafter):
-        def propose(self, token, drafted):
+        def propose(self, token, topology):
             return WRONG_DRAFTS[name]
 
     with pytest.raises(ConfigError, match=r"Strange.propose\(\) returned") as error:
@@ -75,12 +75,12 @@ def test_a_strangers_good_drafts_change_nothing_and_its_failure_is_named(model, 
 
     @drafter("good")
     class Good(Drafter):
-        def propose(self, token, drafted):
+        def propose(self, token, topology):
             return GOOD
 
     @drafter("failing")
     class Failing(Drafter):
-        def propose(self, token, drafted):
+        def propose(self, token, topology):
             raise KeyError(token)
 
     assert ask(model, drafter="good", tree="chain:2") == ask(model, drafter="none")

@@ -235,8 +235,8 @@ def newest(scores, grid, count):
 
 @drafter("again")
 class Again(Drafter):
-    def propose(self, token, drafted):
-        return Draft.of([token], [-1]) if len(drafted) else Draft.empty()
+    def propose(self, token, topology):
+        return Draft.of([token], [-1]) if len(topology) else Draft.empty()
 """
 
 

@@ -46,9 +46,9 @@ def grown(ranks, shape):
     return {path: worth[path] for path in nodes}, ran
 
 
-def paths_of(drafted):
+def paths_of(topology):
     found = []
-    for parent, rank in zip(drafted.parents, drafted.ranks, strict=True):
+    for parent, rank in zip(topology.parents, topology.ranks, strict=True):
         found.append((*(found[parent] if parent >= 0 else ()), rank))
     return found
 
@@ -60,16 +60,16 @@ class World:
         self.ranks, self.costs, self.random = ranks, costs, random.Random(seed)
         self._grown = {}
 
-    def round(self, drafted):
+    def round(self, topology):
         """Return (observations, tokens) of a round."""
-        if not len(drafted):
+        if not len(topology):
             return [], 1
-        key = (drafted, self.ranks)
+        key = (topology, self.ranks)
         if key not in self._grown:
-            if isinstance(drafted, Shape):
-                nodes, ran = grown([self.ranks] * drafted.depth, drafted)
+            if isinstance(topology, Shape):
+                nodes, ran = grown([self.ranks] * topology.depth, topology)
             else:
-                nodes = paths_of(drafted)
+                nodes = paths_of(topology)
                 ran = {path[:-1] for path in nodes}
             self._grown[key] = set(nodes), ran
         nodes, ran = self._grown[key]
@@ -77,7 +77,7 @@ class World:
         while True:
             (hit,) = self.random.choices([*range(NUM_RANKS), None], [*self.ranks, 1 - sum(self.ranks)])
             offered = NUM_RANKS
-            if isinstance(drafted, tree.Tree):
+            if isinstance(topology, tree.Tree):
                 offered = sum(node[:-1] == path for node in nodes)
             if path in ran:
                 shown = hit if hit is not None and hit < offered else None
@@ -107,11 +107,11 @@ def play(world, chooser, num_tokens):
     left, spent, choices = num_tokens, 0.0, []
     while left > 0:
         choice = chooser.choose(left - 1)
-        seen, tokens = world.round(choice.drafted)
+        seen, tokens = world.round(choice.topology)
         tokens = min(tokens, left)
         chooser.learn(choice, seen, tokens)
         left -= tokens
-        spent += world.costs.round_ms(choice.drafted)
+        spent += world.costs.round_ms(choice.topology)
         choices.append(choice)
     return spent, choices
 
@@ -128,17 +128,17 @@ class Known(Acceptance):
         return np.array([self.ranks[min(at, len(self.ranks) - 1)] for at in range(depth)])
 
 
-def expected(drafted, *ranks):
-    return Fixed(drafted, acceptance=Known(ranks)).choose(99).expected_tokens
+def expected(topology, *ranks):
+    return Fixed(topology, acceptance=Known(ranks)).choose(99).expected_tokens
 
 
-def worth(drafted, ranks):
+def worth(topology, ranks):
     """Return the expected tokens of a round where every depth has these ranks, by growing the tree."""
-    return 1 + sum(grown([ranks] * drafted.depth, drafted)[0].values())
+    return 1 + sum(grown([ranks] * topology.depth, topology)[0].values())
 
 
-def ms_a_token(drafted, ranks, costs):
-    return costs.round_ms(drafted) / worth(drafted, ranks)
+def ms_a_token(topology, ranks, costs):
+    return costs.round_ms(topology) / worth(topology, ranks)
 
 
 def best_fixed(ranks, costs):
@@ -159,7 +159,7 @@ def test_noise_does_not_make_a_larger_pass_cheaper():
 
 
 @pytest.mark.parametrize(
-    ("drafted", "passes", "rows"),
+    ("topology", "passes", "rows"),
     [
         (Shape(1, 1, 3), [], 4),
         (Shape(4, 1, 7), [1, 1, 1], 8),
@@ -168,9 +168,9 @@ def test_noise_does_not_make_a_larger_pass_cheaper():
         (tree.parse("paper"), [4, 4, 1, 1], 26),
     ],
 )
-def test_a_round_costs_its_passes(drafted, passes, rows):
+def test_a_round_costs_its_passes(topology, passes, rows):
     costs = Costs({1: 100.0, 2: 200.0}, 7.0, {1: 1.0, 2: 11.0})  # 100 a row of the target, 10 a row more of the draft
-    assert costs.round_ms(drafted) == 7 + sum(10 * count - 9 for count in passes) + 100 * rows
+    assert costs.round_ms(topology) == 7 + sum(10 * count - 9 for count in passes) + 100 * rows
 
 
 def test_a_round_without_nodes_costs_a_plain_step():
@@ -220,8 +220,8 @@ def test_shapes_and_trees_are_compared_in_one_list():
     mixed = [tree.parse("paper"), Shape(3, 4, 15), tree.parse("chain:2"), PLAIN, Shape(2, 1, 7)]
     for costs in (BF16, QUANT, SELF):
         chosen = auto(costs, mixed, Known([GOOD])).choose(99)
-        rates = {drafted: costs.round_ms(drafted) / expected(drafted, GOOD) for drafted in mixed if len(drafted)}
-        assert chosen.drafted == min(rates, key=rates.get)
+        rates = {topology: costs.round_ms(topology) / expected(topology, GOOD) for topology in mixed if len(topology)}
+        assert chosen.topology == min(rates, key=rates.get)
         assert chosen.ms / chosen.expected_tokens == pytest.approx(min(rates.values()))
 
 
@@ -232,7 +232,7 @@ def test_the_best_of_all_shapes_is_chosen():
         for costs in (BF16, QUANT, SELF):
             best = best_fixed(ranks, costs)
             chosen = auto(costs, SHAPES, Known([ranks])).choose(99)
-            assert (chosen.drafted, chosen.expected_tokens) == (best, pytest.approx(worth(best, ranks)))
+            assert (chosen.topology, chosen.expected_tokens) == (best, pytest.approx(worth(best, ranks)))
 
 
 # Acceptance
@@ -349,18 +349,18 @@ def test_confidence_is_learnt_by_rank_and_bin_and_slowly_forgotten():
 @pytest.mark.parametrize("left", range(8))
 def test_nothing_deeper_than_what_may_be_accepted_is_drafted(left):
     choice = auto(QUANT, SHAPES, Known([(0.9, 0.05, 0.02, 0.01)])).choose(left)
-    assert choice.drafted.depth == min(left, choice.drafted.depth)
-    assert choice.drafted.depth == left or left > 4
-    assert (choice.drafted == PLAIN) == (left == 0)
+    assert choice.topology.depth == min(left, choice.topology.depth)
+    assert choice.topology.depth == left or left > 4
+    assert (choice.topology == PLAIN) == (left == 0)
 
 
 def test_fixed_is_fixed():
     paper = tree.parse("paper")
     chooser = Fixed(paper)
     for left in (1, 99):
-        assert chooser.choose(left).drafted is paper
-    assert chooser.choose(0).drafted == PLAIN
-    assert Fixed(PLAIN).choose(99).drafted == PLAIN
+        assert chooser.choose(left).topology is paper
+    assert chooser.choose(0).topology == PLAIN
+    assert Fixed(PLAIN).choose(99).topology == PLAIN
     before = chooser.choose(9).expected_tokens
     chooser.learn(chooser.choose(9), [Observation(1, None)], 1)
     assert chooser.choose(9).expected_tokens < before
@@ -381,12 +381,12 @@ def test_probes_come_at_their_interval_and_go_on_while_they_hit():
     def plain_steps():
         for waited in range(interval):
             choice = chooser.choose(99)
-            assert (choice.drafted, choice.probe_in) == (PLAIN, interval - waited)
+            assert (choice.topology, choice.probe_in) == (PLAIN, interval - waited)
             chooser.learn(choice, [], 1)
 
     def probe(hit):
         choice = chooser.choose(99)
-        assert (choice.is_probe, choice.drafted.depth) == (True, 1)
+        assert (choice.is_probe, choice.topology.depth) == (True, 1)
         chooser.learn(choice, [Observation(1, hit)], 1 if hit is None else 2)
 
     for hits in ([None], [None], [0, 3, None], [None]):
@@ -406,21 +406,21 @@ def test_rounds_that_take_longer_than_measured_are_chosen_less():
     """Drafting rounds at twice their measured time, a plain step as measured: what paid by a little pays no more."""
     chooser = auto(BF16, SHAPES, Known([(0.5, 0.1, 0.05, 0.03)]))
     choice = chooser.choose(99)
-    assert len(choice.drafted)
+    assert len(choice.topology)
     assert choice.ms / choice.expected_tokens > 17.3 / 2
 
     def rounds(count, slower, plain_ms):
         for _ in range(count):
             choice = chooser.choose(99)
-            ms = slower * BF16.round_ms(choice.drafted) if len(choice.drafted) else plain_ms
-            chooser.learn(choice, [Observation(1, 0)] if len(choice.drafted) else [], 2, ms)
+            ms = slower * BF16.round_ms(choice.topology) if len(choice.topology) else plain_ms
+            chooser.learn(choice, [Observation(1, 0)] if len(choice.topology) else [], 2, ms)
 
     rounds(60, 2, 17.3)
     later = chooser.choose(99)
-    assert later.drafted == PLAIN or later.is_probe
+    assert later.topology == PLAIN or later.is_probe
     assert later.plain_ms == pytest.approx(17.3, rel=0.05)
     rounds(60, 2, 3 * 17.3)  # now the whole machine is slower
-    assert len(chooser.choose(99).drafted)
+    assert len(chooser.choose(99).topology)
     assert 17.3 < chooser.choose(99).plain_ms < 3 * 17.3
 
 
@@ -450,17 +450,17 @@ def test_two_choosers_of_one_acceptance_learn_from_each_other():
     acceptance = Acceptance()
     acceptance.learn([Observation(1, 0)])
     short, long = auto(BF16, SHAPES, acceptance), auto(BF16, SHAPES, acceptance)
-    assert len(long.choose(99).drafted)
+    assert len(long.choose(99).topology)
     for _ in range(5):
         short.learn(short.choose(99), [Observation(1, None)], 1)
-    assert long.choose(99).drafted == PLAIN or long.choose(99).is_probe
+    assert long.choose(99).topology == PLAIN or long.choose(99).is_probe
 
 
 def test_where_no_shallow_tree_is_offered_the_shallowest_is_probed():
     trees = [tree.parse("paper"), tree.parse("chain:4"), tree.parse("chain:3")]
     chooser = auto(QUANT, trees, Known([HOPELESS]))
     choices = play(World(HOPELESS, QUANT, 0), chooser, 256)[1]
-    assert {choice.drafted for choice in choices} == {PLAIN, trees[2]}
+    assert {choice.topology for choice in choices} == {PLAIN, trees[2]}
 
 
 def test_a_probe_is_shallow_though_a_deeper_tree_were_nearer_to_paying():
@@ -471,12 +471,12 @@ def test_a_probe_is_shallow_though_a_deeper_tree_were_nearer_to_paying():
         assert choice.best_ms < costs.round_ms(Shape(1, 1, 3)) / 1.37
         chooser.learn(choice, [], 1)
     assert chooser.choose(99).is_probe
-    assert chooser.choose(99).drafted.depth == 1
+    assert chooser.choose(99).topology.depth == 1
 
 
 def test_probes_that_cost_nothing_leave_some_plain_tokens_between():
     choice = tried(auto(Costs(VERIFY, 0.1, {1: 4.0}), SHAPES, Known([(0.001,) * 4]))).choose(99)
-    assert (choice.drafted, choice.probe_in) == (PLAIN, 4)
+    assert (choice.topology, choice.probe_in) == (PLAIN, 4)
 
 
 def test_a_choice_explains_itself():
@@ -502,12 +502,12 @@ def test_an_unknown_policy_is_refused():
 # Simulated texts
 
 
-@pytest.mark.parametrize("drafted", [Shape(3, 1, 7), Shape(4, 4, 23), tree.parse("paper"), tree.parse("chain:3")])
-def test_the_simulated_target_accepts_as_many_as_expected(drafted):
+@pytest.mark.parametrize("topology", [Shape(3, 1, 7), Shape(4, 4, 23), tree.parse("paper"), tree.parse("chain:3")])
+def test_the_simulated_target_accepts_as_many_as_expected(topology):
     world = World(GOOD, BF16, 5)
-    tokens = [world.round(drafted)[1] for _ in range(4000)]
+    tokens = [world.round(topology)[1] for _ in range(4000)]
     spread = statistics.stdev(tokens) / math.sqrt(len(tokens))
-    assert statistics.mean(tokens) == pytest.approx(expected(drafted, GOOD), abs=5 * spread)  # false alarms: 6e-7
+    assert statistics.mean(tokens) == pytest.approx(expected(topology, GOOD), abs=5 * spread)  # false alarms: 6e-7
 
 
 @pytest.mark.parametrize(
@@ -520,8 +520,8 @@ def test_a_good_draft_runs_near_the_best_fixed_shape(costs, ranks):
     for seed in range(25):
         spent = gained = 0.0
         for choice in play(World(ranks, costs, seed), auto(costs, SHAPES), 320)[1]:
-            tokens = worth(choice.drafted, ranks) if len(choice.drafted) else 1.0
-            spent, gained = spent + costs.round_ms(choice.drafted), gained + tokens
+            tokens = worth(choice.topology, ranks) if len(choice.topology) else 1.0
+            spent, gained = spent + costs.round_ms(choice.topology), gained + tokens
             if gained < 64:
                 start = spent, gained
         rate = (spent - start[0]) / (gained - start[1])
@@ -562,8 +562,8 @@ def test_a_change_is_noticed_within_eight_rounds(costs, before, after, late):
 
 def has_switched(choice, ranks):
     if ranks == HOPELESS:
-        return choice.is_probe or choice.drafted == PLAIN
-    return not choice.is_probe and choice.drafted.depth >= 2
+        return choice.is_probe or choice.topology == PLAIN
+    return not choice.is_probe and choice.topology.depth >= 2
 
 
 def rounds_until(world, chooser, is_done):
@@ -573,15 +573,15 @@ def rounds_until(world, chooser, is_done):
         choice = chooser.choose(10**6)
         if is_done(choice):
             return rounds
-        seen, tokens = world.round(choice.drafted)
+        seen, tokens = world.round(choice.topology)
         chooser.learn(choice, seen, tokens)
-        rounds += len(choice.drafted) > 0
+        rounds += len(choice.topology) > 0
     return math.inf
 
 
 def test_the_first_round_is_modest():
     for costs in (BF16, QUANT, SELF):
-        assert 1 <= auto(costs, SHAPES).choose(99).drafted.depth <= 3
+        assert 1 <= auto(costs, SHAPES).choose(99).topology.depth <= 3
 
 
 def test_choosing_is_a_few_calls():

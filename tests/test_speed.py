@@ -416,8 +416,8 @@ def test_drafts_are_grouped_by_their_layers_and_the_smaller_model_as_it_is_comes
 # What a policy chose
 
 
-def decision(drafted, num_tokens=1, is_probe=False):
-    return Decision(Choice(drafted, 1.0, 1.0, 1.0, is_probe), len(drafted), num_tokens)
+def decision(topology, num_tokens=1, is_probe=False):
+    return Decision(Choice(topology, 1.0, 1.0, 1.0, is_probe), len(topology), num_tokens)
 
 
 DEEP, SHALLOW = Shape(4, 4, 16), Shape(1, 1, 3)
@@ -449,7 +449,7 @@ def test_a_plain_pass_follows_at_once_where_the_draft_turns_hopeless():
 
 def test_shapes_by_share_of_passes():
     decisions = [
-        decision(drafted) for drafted in (DEEP, PLAIN, DEEP, SHALLOW, Shape(2, 1, 4), Shape(3, 1, 4), PLAIN, DEEP)
+        decision(topology) for topology in (DEEP, PLAIN, DEEP, SHALLOW, Shape(2, 1, 4), Shape(3, 1, 4), PLAIN, DEEP)
     ]
     assert choices.shapes(decisions) == [Chosen(16, 4, 3 / 8), Chosen(3, 1, 1 / 8), Chosen(4, 2, 1 / 8)]
 
@@ -619,7 +619,7 @@ def test_what_a_policy_chose_stands_in_the_record(monkeypatch):
     learn = Auto.learn  # from what came of rounds, not from how long they take here
 
     def as_they_should(self, choice, seen, num_tokens, ms):
-        learn(self, choice, seen, num_tokens, cheap.round_ms(choice.drafted))
+        learn(self, choice, seen, num_tokens, cheap.round_ms(choice.topology))
 
     monkeypatch.setattr(Auto, "learn", as_they_should)
     monkeypatch.setattr(planted, "BLOCK", 48)

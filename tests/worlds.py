@@ -22,9 +22,9 @@ class Machine:
     slower_after: float = float("inf")  # milliseconds of the answer; then all takes `slower` times as long
     slower: float = 1.5
 
-    def round_ms(self, drafted, missed, at):
-        ms = self.costs.round_ms(drafted)
-        if len(drafted):
+    def round_ms(self, topology, missed, at):
+        ms = self.costs.round_ms(topology)
+        if len(topology):
             ms += self.host + missed * self.missed
         return ms * (self.slower if at > self.slower_after else 1.0)
 
@@ -57,13 +57,13 @@ class Pair:
         done, missed, has_begun = 1, 0, machine.start == 0
         while done < num_tokens:
             choice = chooser.choose(most - done - 1)
-            is_drafted = len(choice.drafted) > 0
+            is_drafted = len(choice.topology) > 0
             if is_drafted and not has_begun:
                 chooser.started()
                 has_begun, spent = True, spent + machine.start
-            seen, tokens = world.round(choice.drafted)
+            seen, tokens = world.round(choice.topology)
             tokens = min(tokens, num_tokens - done)
-            ms = machine.round_ms(choice.drafted, missed, spent)
+            ms = machine.round_ms(choice.topology, missed, spent)
             spent += ms
             for _ in range(tokens):
                 plain += machine.round_ms((), 0, plain)

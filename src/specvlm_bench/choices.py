@@ -35,8 +35,8 @@ class Change:
 
 def shapes(decisions: Sequence[Decision]) -> list[Chosen]:
     """Return the shapes chosen most, plain passes (0 nodes) left out."""
-    drafted = (decision.choice.drafted for decision in decisions)
-    counts = Counter((len(shape), shape.depth) for shape in drafted if len(shape))
+    topology = (decision.choice.topology for decision in decisions)
+    counts = Counter((len(shape), shape.depth) for shape in topology if len(shape))
     return [Chosen(*shape, count / len(decisions)) for shape, count in counts.most_common(_MOST_SHAPES)]
 
 
@@ -62,8 +62,8 @@ def changes(is_good: Sequence[bool], decisions: Sequence[Decision]) -> list[Chan
 def _rounds_until_followed(decisions: Sequence[Decision], *, to_good: bool) -> int | None:
     rounds = 0
     for choice in (decision.choice for decision in decisions):
-        is_idle = choice.is_probe or not len(choice.drafted)
-        if (not is_idle and choice.drafted.depth >= 2) if to_good else is_idle:
+        is_idle = choice.is_probe or not len(choice.topology)
+        if (not is_idle and choice.topology.depth >= 2) if to_good else is_idle:
             return rounds
-        rounds += len(choice.drafted) > 0
+        rounds += len(choice.topology) > 0
     return None

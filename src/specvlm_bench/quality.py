@@ -121,7 +121,8 @@ def check(model: SpecVLM, protocol: Protocol) -> None:
                 f"keep_tokens is not allowed beside method {name!r}, which has a keep_ratio: leave one out"
             )
         config = model.request(None, **{**protocol.settings, **settings}).config
-        if drafting.kind(config.draft, model.draft) is drafting.DRAFTERS["none"] and config.draft.drafter != "none":
+        is_plain = drafting.drafter_class(config.draft, model.draft) is drafting.DRAFTERS["none"]
+        if is_plain and config.draft.drafter != "none":
             raise ConfigError(f"method {name!r} needs a draft: give --draft, or leave the method out")
     told = {setting.name: setting.default for setting in fields(SamplingConfig) if setting.name not in _GENERATES}
     wrong = sorted(name for name, usual in told.items() if protocol.settings.get(name, usual) != usual)
@@ -269,7 +270,7 @@ class _Runner:
         for name in self._protocol.methods:
             request = self._request(sample, name)
             config, is_answered = request.config, (sample.id, name) in self._ids
-            is_pruned = name != GENERATE and drafting.kind(config.draft, self._model.draft).prunes
+            is_pruned = name != GENERATE and drafting.drafter_class(config.draft, self._model.draft).prunes
             is_wanted = is_pruned and is_answered and not prune.keeps_all(config.prune)
             if not is_wanted or self._has(sample, name, "overlay"):
                 continue

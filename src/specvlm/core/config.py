@@ -271,7 +271,7 @@ class SamplingConfig:
         return 1.0 if self.repetition_penalty is None else self.repetition_penalty
 
     @property
-    def law(self) -> tuple[float, ...]:
+    def sampling_key(self) -> tuple[float, ...]:
         """What turns logits into choices, the seed left out."""
         return self.temperature, self.top_p, self.top_k, self.min_p, self.penalty
 

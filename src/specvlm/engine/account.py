@@ -82,9 +82,9 @@ class Decision(ByValue):
         choice, times = self.choice, (self.choice.ms, self.choice.plain_ms)
         ms, plain_ms = (None if math.isnan(value) else value for value in times)
         return {
-            "nodes": len(choice.drafted),
+            "nodes": len(choice.topology),
             "drafted": self.num_drafted,
-            "depth": choice.drafted.depth,
+            "depth": choice.topology.depth,
             "is_probe": choice.is_probe,
             "expected_tokens": choice.expected_tokens,
             "expected_ms": ms,

@@ -204,10 +204,9 @@ class SpecVLM:
             prompt = target.encode(inputs)
         with stage("prefill", target.device):
             if is_scored is None:
-                drafts = (
-                    drafting.kind(config.draft, self.draft).prunes and config.sampling.max_new_tokens >= LEAST_TOKENS
-                )
-                is_scored = drafts and prune.needs_scores(config.prune)
+                drafts = config.sampling.max_new_tokens >= LEAST_TOKENS
+                prunes = drafts and drafting.drafter_class(config.draft, self.draft).prunes
+                is_scored = prunes and prune.needs_scores(config.prune)
             first = _first_score_row(prompt, target, config) if is_scored else None
             room = config.sampling.max_new_tokens + tree.MAX_NODES
             layers = prune.scoring_layers(config.prune, target.num_layers)
@@ -272,13 +271,13 @@ class SpecVLM:
                 with stage("capture", device):
                     session.capture(len(draft) + 1)
             tokens = torch.cat([upload([token], device), draft.tokens.clamp_min(0)])  # empty places run, too
-            logits = session.verify(tokens, draft.rows, drafts.watch())
+            logits = session.verify(tokens, draft.rows, drafts.score_collector())
             drafts.foresee()
             run.observe(logits)
             accepted = run.verifier.accept(logits, draft)
             session.keep((0, *(node + 1 for node in accepted.nodes)))
             observations = drafts.commit(accepted)
-        is_usual = _once(request.seconds) == once and bool(len(draft)) == bool(len(choice.drafted))
+        is_usual = _once(request.seconds) == once and bool(len(draft)) == bool(len(choice.topology))
         ms = 1e3 * (time.perf_counter() - begin) if is_usual else None
         drafts.learn(choice, observations, len(accepted.token_ids), ms)
         latest = run.ending.cut(draft, accepted)
@@ -338,7 +337,7 @@ class SpecVLM:
             is_drawn: whether what the pruner keeps is drawn, whoever drafts.
         """
         config = config or self.config
-        found = drafting.kind(config.draft, self.draft)
+        found = drafting.drafter_class(config.draft, self.draft)
         drafter = "none" if found is drafting.DRAFTERS["none"] else config.draft.drafter
         return effects.without_effect(config, given, drafter, prunes=is_drawn or found.prunes)
 

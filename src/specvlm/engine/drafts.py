@@ -45,7 +45,7 @@ class Drafts:
         self, target: VideoLM, draft: VideoLM | None, memory: Memory, request: Request, start: Prefilled
     ) -> None:
         self._target, self._draft, self._memory, self._request, self._start = target, draft, memory, request, start
-        self._kind = drafting.kind(request.config.draft, draft)
+        self._drafter_class = drafting.drafter_class(request.config.draft, draft)
         self._drafter: Drafter | None = None
         self._text: list[int] = []  # all known tokens
         self._acceptance = memory.acceptance.get(self._acceptance_key, Acceptance)
@@ -53,7 +53,7 @@ class Drafts:
 
     def _make_policy(self) -> Policy:
         config = self._request.config
-        options = self._kind.options(config.draft, costs.sizes(self._start.session))
+        options = self._drafter_class.options(config.draft, costs.sizes(self._start.session))
         if not options:
             return Fixed(PLAIN, self._acceptance)
         if not config.draft.is_adaptive:
@@ -62,20 +62,21 @@ class Drafts:
         if known is not None:
             pace = Pace(known, is_timed=self._start.session.is_captured)
         else:
-            size = self._kind.relative_size(drafting.model_of(config.draft, self._draft, self._target), self._target)
+            model = drafting.model_of(config.draft, self._draft, self._target)
+            size = self._drafter_class.relative_size(model, self._target)
             pace = Pace(Costs.guess(1.0, size), is_guess=True, is_scaled=False)
         credit = self._memory.credit.get(self._acceptance_key, Credit)
         return Auto(pace, options, self._acceptance, credit, self._what_starting_takes())
 
     def _what_starting_takes(self) -> Start:
-        share = self._memory.start_share(self._kind.__qualname__, _START_SHARE[self._kind.encodes])
+        share = self._memory.start_share(self._drafter_class.__qualname__, _START_SHARE[self._drafter_class.encodes])
         prefill_ms, lengths = 1e3 * self._start.seconds, self._memory.lengths
         return Start(
             share * prefill_ms,
             prefill_ms + 1e3 * self._request.seconds["read"],
             partial(lengths.remaining, self._prompt_key),
             partial(lengths.are_longer, self._prompt_key),
-            self._kind.catches_up,
+            self._drafter_class.catches_up,
         )
 
     # Rounds
@@ -88,7 +89,7 @@ class Drafts:
             left: how many more tokens may come, the bonus token left out.
         """
         choice = self._policy.choose(left)
-        if self._drafter is None and len(choice.drafted):
+        if self._drafter is None and len(choice.topology):
             self._begin()
         self._text.append(token)
         return choice
@@ -97,12 +98,12 @@ class Drafts:
         """Draft after the newest token."""
         if self._drafter is None:
             return accept.Draft.empty(self._target.device)
-        draft = drafting.propose(self._drafter, self._text[-1], choice.drafted, self._target)
+        draft = drafting.propose(self._drafter, self._text[-1], choice.topology, self._target)
         return draft.to(self._target.device)
 
-    def watch(self) -> attention.Scores | None:
+    def score_collector(self) -> attention.Scores | None:
         """Return what shall collect the target's attention in the pass that verifies the last draft."""
-        return None if self._drafter is None else self._drafter.watch()
+        return None if self._drafter is None else self._drafter.score_collector()
 
     def foresee(self) -> None:
         """Prepare the next choice while a GPU is busy with the round."""
@@ -139,7 +140,7 @@ class Drafts:
         request, start, begin = self._request, self._start, time.perf_counter()
         stage, once = request.seconds.stage, request.seconds["capture"]
         keep = torch.arange(start.prompt.num_visual, device=self._target.device)
-        if self._kind.prunes:
+        if self._drafter_class.prunes:
             with stage("prune", self._target.device):
                 keep = prune.select(start.scores, start.prompt.grid, start.prompt.visual_id, request.config.prune)
             request.keep, request.usage.kept_visual_tokens = keep, keep.shape[0]
@@ -147,8 +148,8 @@ class Drafts:
             self._drafter = drafting.create(request.config.draft, self._draft, self._context(keep))
         seconds = time.perf_counter() - begin - (request.seconds["capture"] - once)
         if start.seconds:
-            usual = _START_SHARE[self._kind.encodes]
-            self._memory.add_start(self._kind.__qualname__, seconds / start.seconds, usual)
+            usual = _START_SHARE[self._drafter_class.encodes]
+            self._memory.add_start(self._drafter_class.__qualname__, seconds / start.seconds, usual)
         if isinstance(self._policy, Auto):
             self._policy.started()
             self._time_passes(self._policy)
@@ -159,7 +160,7 @@ class Drafts:
         if drafter is None or not session.is_captured or not policy.pace.is_guess:
             return
         with self._request.seconds.stage("calibrate", *self._devices):
-            options = self._kind.options(self._request.config.draft, costs.sizes(session))
+            options = self._drafter_class.options(self._request.config.draft, costs.sizes(session))
             policy.pace.retime(costs.measure(session, drafter, options))
 
     def _context(self, keep: Tensor) -> Context:
@@ -189,7 +190,7 @@ class Drafts:
     def _acceptance_key(self) -> Hashable:
         """What acceptance depends on."""
         config = self._request.config
-        return config.draft, config.prune, config.sampling.law
+        return config.draft, config.prune, config.sampling.sampling_key
 
     @property
     def _target_key(self) -> tuple[Hashable, int]:
@@ -202,9 +203,9 @@ class Drafts:
         config, prompt = self._request.config, self._start.prompt
         is_grown = isinstance(tree.parse(config.draft.tree), tree.Shape)
         length = len(prompt)
-        if self._kind.prunes:
+        if self._drafter_class.prunes:
             length -= prompt.num_visual - prune.budget(config.prune, prompt.num_visual) if prompt.num_visual else 0
-        return (self._kind.__qualname__, is_grown, config.draft.lookup_tokens, config.run), length
+        return (self._drafter_class.__qualname__, is_grown, config.draft.lookup_tokens, config.run), length
 
     @cached_property
     def _prompt_key(self) -> tuple[int, ...]:

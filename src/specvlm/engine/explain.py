@@ -20,7 +20,7 @@ def explain(decisions: Sequence[Decision]) -> str:
         when = f"pass {begin}" if begin == end else f"passes {begin}-{end}"
         first = stretch[0]
         came = f"; came: {tokens:.1f}" if first.num_drafted else ""
-        is_idle = len(first.choice.drafted) > 0 == first.num_drafted
+        is_idle = len(first.choice.topology) > 0 == first.num_drafted
         lines.append(
             f"{when}: {'plain: the drafter had nothing to propose' if is_idle else first.choice.explain()}{came}"
         )
@@ -30,4 +30,4 @@ def explain(decisions: Sequence[Decision]) -> str:
 
 def _kind(decision: Decision) -> object:
     """Return what rounds of one stretch share."""
-    return decision.choice.drafted, decision.choice.is_probe, decision.num_drafted > 0
+    return decision.choice.topology, decision.choice.is_probe, decision.num_drafted > 0

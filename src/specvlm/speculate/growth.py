@@ -22,7 +22,7 @@ from specvlm.speculate.policy import BIN_EDGES, Observation
 
 # Every round begins with the last two known tokens. The older one was often run before (it is not where a leaf was
 # accepted), but running it again costs nothing beside reading the weights, and the round keeps one shape.
-HEAD = (-1, 0)
+OVERLAP = (-1, 0)
 # Candidates of one rank and confidence are worth the same; among them the draft's own probability decides.
 TIE_BREAK, LEAST_LOG_PROB = 1e-3, -20.0
 
@@ -49,27 +49,27 @@ def best(scores: Tensor, count: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     return last.values, places.gather(1, last.indices)
 
 
-def round_passes(drafted: Tree | Shape) -> list[int]:
-    """Return the rows that each pass of a round runs, the head's first."""
-    return [len(HEAD), *drafted.passes[1:]]
+def round_passes(topology: Tree | Shape) -> list[int]:
+    """Return the rows that each pass of a round runs, the overlap's first."""
+    return [len(OVERLAP), *topology.passes[1:]]
 
 
 class Growth:
     """The tensors of one round.
 
     Args:
-        drafted: a static tree; or a shape, whose deepest form this growth can reach (`nodes` is not read).
+        topology: a static tree; or a shape, whose deepest form this growth can reach (`nodes` is not read).
         worth: [NUM_RANKS, bins] float32, of fixed place: log of the chance that the target chooses a candidate, by its
             rank and the draft's confidence.
         device: the draft's.
     """
 
-    def __init__(self, drafted: Tree | Shape, worth: Tensor, device: torch.device) -> None:
-        self._tree = drafted if isinstance(drafted, Tree) else None
+    def __init__(self, topology: Tree | Shape, worth: Tensor, device: torch.device) -> None:
+        self._tree = topology if isinstance(topology, Tree) else None
         self._worth = worth
-        self._passes = drafted.passes
+        self._passes = topology.passes
         self._ranks = NUM_RANKS if self._tree is None else max(NUM_RANKS, 1 + max(self._tree.ranks))
-        self.num_rows = len(HEAD) + sum(self._passes[1:])
+        self.num_rows = len(OVERLAP) + sum(self._passes[1:])
         count = self._ranks * sum(self._passes)
         numbers = partial(torch.zeros, dtype=torch.int64, device=device)
         self._tokens, self._parents, self._bins, self._row_of = (numbers(count) for _ in range(4))
@@ -77,7 +77,7 @@ class Growth:
         self._edges = torch.tensor(BIN_EDGES, dtype=torch.float32, device=device)
         self._rank = torch.arange(self._ranks, device=device).clamp_max(NUM_RANKS - 1)
         self.sees = torch.zeros(self.num_rows, self.num_rows, dtype=torch.bool, device=device)
-        self.sees[: len(HEAD), : len(HEAD)] = torch.ones(len(HEAD), len(HEAD)).tril().bool()
+        self.sees[: len(OVERLAP), : len(OVERLAP)] = torch.ones(len(OVERLAP), len(OVERLAP)).tril().bool()
         self.row_tokens = numbers(self.num_rows)
         # candidates that each pass runs; -1: the root
         self._running = [numbers(1) - 1, *map(numbers, self._passes[1:])]
@@ -106,14 +106,14 @@ class Growth:
         return self._ranks * sum(self._passes[:level])
 
     def _first_row(self, level: int) -> int:
-        """Return the row of the first node that pass `level` runs; the head's last row is the root's."""
-        return len(HEAD) - 1 if level == 0 else len(HEAD) + sum(self._passes[1:level])
+        """Return the row of the first node that pass `level` runs; the overlap's last row is the root's."""
+        return len(OVERLAP) - 1 if level == 0 else len(OVERLAP) + sum(self._passes[1:level])
 
     def start(self, tokens: Tensor) -> Rows:
-        """Begin with the head's tokens [2]; return its rows."""
+        """Begin with the overlap's tokens [2]; return its rows."""
         self._row_of.fill_(-1)
-        self.row_tokens[: len(HEAD)] = tokens
-        return Rows.that_see(self.sees[: len(HEAD), : len(HEAD)])
+        self.row_tokens[: len(OVERLAP)] = tokens
+        return Rows.that_see(self.sees[: len(OVERLAP), : len(OVERLAP)])
 
     def offer(self, level: int, scores: Tensor) -> None:
         """Take the candidates of the rows that pass `level` ran, given scores [rows, vocab] of their next tokens."""
@@ -137,7 +137,7 @@ class Growth:
             running.copy_(self._scores[first:end].topk(running.shape[0]).indices + first)
         end = base + running.shape[0]
         if level == 1:
-            above = self.sees[len(HEAD) - 1].expand(running.shape[0], -1)
+            above = self.sees[len(OVERLAP) - 1].expand(running.shape[0], -1)
         else:
             above = self.sees[self._row_of[self._parents[running]]]
         self._row_of[running] = torch.arange(base, end, device=running.device)
@@ -147,17 +147,17 @@ class Growth:
         self.row_tokens[base:end] = tokens
         return tokens, Rows.that_see(self.sees[base:end, :end].contiguous())
 
-    def nodes(self, drafted: Tree | Shape) -> Draft:
+    def nodes(self, topology: Tree | Shape) -> Draft:
         """Return the drafted tree out of all candidates."""
-        count = self._ranks * sum(self._passes[: drafted.depth])
+        count = self._ranks * sum(self._passes[: topology.depth])
         chosen = self._chosen
         if chosen is None:  # a path is less likely than its parent's, so parents are chosen with their children
-            chosen = self._scores[:count].topk(len(drafted)).indices.sort().values
+            chosen = self._scores[:count].topk(len(topology)).indices.sort().values
         node_of = torch.full((count + 1,), -1, dtype=torch.int64, device=chosen.device)  # the last one is the root's
-        node_of[chosen] = torch.arange(len(drafted), device=chosen.device)
+        node_of[chosen] = torch.arange(len(topology), device=chosen.device)
         parents = node_of[self._parents[chosen]]
         below_root = torch.cat([parents.new_full((1,), -1), parents + 1])
-        rows = Rows.that_see(ancestors_on_device(below_root, drafted.depth + 1))
+        rows = Rows.that_see(ancestors_on_device(below_root, topology.depth + 1))
         notes = torch.cat([chosen, self._tokens[:count], self._row_of[:count], self._bins[:count]])
         return Draft(self._tokens[chosen], parents, rows, notes)
 
@@ -178,7 +178,7 @@ class Growth:
         row_of, bins = notes[at + count : at + 2 * count], notes[at + 2 * count :]
         rows = [row_of[chosen[node]] if node < num_nodes else -1 for node in accepted.nodes]
         observations = []
-        for level, row in enumerate([len(HEAD) - 1, *rows]):
+        for level, row in enumerate([len(OVERLAP) - 1, *rows]):
             if row < 0 or level >= len(self._passes):
                 break
             first = self._offset(level) + (row - self._first_row(level)) * self._ranks
@@ -191,7 +191,7 @@ class Growth:
         return rows, observations
 
 
-def merged(draft: Draft, extra: Sequence[int], device: torch.device) -> Draft:
+def append_chain(draft: Draft, extra: Sequence[int], device: torch.device) -> Draft:
     """Return a draft with a chain of further tokens below the root, behind its own nodes; -1 leaves a place empty."""
     count, more = len(draft), len(extra)
     parents = torch.cat([draft.parents, upload([-1, *range(count, count + more - 1)], device)])

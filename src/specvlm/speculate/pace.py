@@ -70,11 +70,11 @@ class Costs:
         """Return the time of a draft pass after the first, read from `level` in the same way."""
         return _interpolate(self.level, rows)
 
-    def round_ms(self, drafted: Shape | Tree) -> float:
+    def round_ms(self, topology: Shape | Tree) -> float:
         """Return the time of a round that drafts this; without nodes it is a plain step."""
-        if not len(drafted):
+        if not len(topology):
             return self.verify_ms(1)
-        return self.first + sum(map(self.level_ms, drafted.passes[1:])) + self.verify_ms(len(drafted) + 1)
+        return self.first + sum(map(self.level_ms, topology.passes[1:])) + self.verify_ms(len(topology) + 1)
 
     @property
     def parts(self) -> Array:
@@ -95,12 +95,12 @@ class Costs:
         return Costs(verify, max(self.first + first, _LEAST_MS * self.first), table(self.level, level, draft_row))
 
 
-def _features(drafted: Shape | Tree) -> list[int]:
+def _features(topology: Shape | Tree) -> list[int]:
     """Return how often a round holds each part."""
-    if not len(drafted):
+    if not len(topology):
         return [1, 0, 0, 0, 0]
-    passes = drafted.passes
-    return [1, len(drafted), 1, len(passes) - 1, sum(passes) - len(passes)]
+    passes = topology.passes
+    return [1, len(topology), 1, len(passes) - 1, sum(passes) - len(passes)]
 
 
 def _missed_features(missed: int) -> list[int]:
@@ -157,13 +157,13 @@ class Pace:
         """Whether plain steps ran lately, so that what they take is no guess."""
         return bool(self._covariance[0, 0] < (_SURE_SHARE * self._costs.verify_ms(1)) ** 2)
 
-    def round_ms(self, drafted: Shape | Tree, missed: int = 0) -> float:
+    def round_ms(self, topology: Shape | Tree, missed: int = 0) -> float:
         """Return the milliseconds of a round whose draft has first to run this many tokens that it missed."""
-        if drafted not in self._known:
-            self._known[drafted] = self._costs.round_ms(drafted), np.array(_features(drafted), dtype=np.float64)
-        base, features = self._known[drafted]
+        if topology not in self._known:
+            self._known[topology] = self._costs.round_ms(topology), np.array(_features(topology), dtype=np.float64)
+        base, features = self._known[topology]
         ms = max(base + float(features @ self._moved), _LEAST_MS * base)
-        return ms + (self._late_ms(missed) if len(drafted) else 0.0)
+        return ms + (self._late_ms(missed) if len(topology) else 0.0)
 
     def rounds_ms(self, rounds: Rounds, missed: int = 0) -> Array:
         """Return the milliseconds of each round."""
@@ -178,19 +178,19 @@ class Pace:
         late = np.array(_missed_features(missed), dtype=np.float64)
         return max(float(late @ (self._parts + self._moved)), 0.0)
 
-    def learn(self, drafted: Shape | Tree, ms: float, missed: int = 0) -> None:
+    def learn(self, topology: Shape | Tree, ms: float, missed: int = 0) -> None:
         """Take in what a round really took."""
         if not self.is_known:
-            if len(drafted):
+            if len(topology):
                 return
             scale = ms / self._costs.verify_ms(1)
             self.is_known = True
             self._set(self._costs.moved((scale - 1) * self._costs.parts))
-        self.has_drafted |= len(drafted) > 0
-        features = np.array(_features(drafted), dtype=np.float64)
-        if len(drafted):
+        self.has_drafted |= len(topology) > 0
+        features = np.array(_features(topology), dtype=np.float64)
+        if len(topology):
             features += _missed_features(missed)
-        expected = self.round_ms(drafted, missed)
+        expected = self.round_ms(topology, missed)
         seen = min(max(ms, _LEAST_SEEN * expected), _MOST_SEEN * expected)
         spread = self._covariance @ features
         gain = spread / (features @ spread + (_NOISE * expected) ** 2)
@@ -210,15 +210,15 @@ class Rounds:
     """What many rounds hold, worked out once.
 
     Args:
-        drafted: of each round.
+        topology: of each round.
         costs: by which the table of their times begins.
     """
 
-    def __init__(self, drafted: Sequence[Shape | Tree], costs: Costs | None = None) -> None:
-        self._drafted = drafted
-        self.features = np.array([_features(one) for one in drafted], dtype=np.float64).reshape(len(drafted), 5)
+    def __init__(self, topology: Sequence[Shape | Tree], costs: Costs | None = None) -> None:
+        self._drafted = topology
+        self.features = np.array([_features(one) for one in topology], dtype=np.float64).reshape(len(topology), 5)
         self._costs: Costs | None = None
-        self._base = np.zeros(len(drafted))
+        self._base = np.zeros(len(topology))
         if costs is not None:
             self.base(costs)
 

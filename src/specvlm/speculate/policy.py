@@ -181,11 +181,11 @@ class _Expectation:
     """The expected tokens of many candidates at once, the bonus token included."""
 
     def __init__(self, candidates: Sequence[Shape | Tree]) -> None:
-        self.depth = max((drafted.depth for drafted in candidates), default=0)
+        self.depth = max((topology.depth for topology in candidates), default=0)
         self._count = len(candidates)
-        self._shapes = [place for place, drafted in enumerate(candidates) if isinstance(drafted, Shape)]
-        self._trees = [place for place, drafted in enumerate(candidates) if isinstance(drafted, Tree)]
-        found = [drafted for drafted in candidates if isinstance(drafted, Shape)]
+        self._shapes = [place for place, topology in enumerate(candidates) if isinstance(topology, Shape)]
+        self._trees = [place for place, topology in enumerate(candidates) if isinstance(topology, Tree)]
+        found = [topology for topology in candidates if isinstance(topology, Shape)]
         self._widths = sorted({shape.width for shape in found})
         self._most = max((shape.nodes for shape in found), default=0)
         self._cells = (
@@ -193,7 +193,7 @@ class _Expectation:
             [self._widths.index(shape.width) for shape in found],
             [shape.nodes - 1 for shape in found],
         )
-        paths = [_steps(drafted, self.depth) for drafted in candidates if isinstance(drafted, Tree)]
+        paths = [_steps(topology, self.depth) for topology in candidates if isinstance(topology, Tree)]
         self._steps = np.concatenate(paths) if paths else np.zeros((0, self.depth), dtype=np.int64)
         self._begins = np.cumsum([0, *map(len, paths)])[:-1]
 
@@ -208,14 +208,14 @@ class _Expectation:
         return tokens
 
 
-def _steps(drafted: Tree, depth: int) -> NDArray[np.int64]:
+def _steps(topology: Tree, depth: int) -> NDArray[np.int64]:
     """Return [nodes, depth]: where the probabilities along each node's path stand in a flattened [depth, NUM_RANKS].
 
     Behind those stand a one, for what lies below the node, and a zero, for ranks that nobody counts.
     """
     one, zero = depth * NUM_RANKS, depth * NUM_RANKS + 1
-    steps = np.full((len(drafted), depth), one)
-    for node, (parent, rank, at) in enumerate(zip(drafted.parents, drafted.ranks, drafted.depths, strict=True)):
+    steps = np.full((len(topology), depth), one)
+    for node, (parent, rank, at) in enumerate(zip(topology.parents, topology.ranks, topology.depths, strict=True)):
         if parent >= 0:
             steps[node] = steps[parent]
         steps[node, at - 1] = (at - 1) * NUM_RANKS + rank if rank < NUM_RANKS else zero
@@ -246,7 +246,7 @@ def _best_first(ranks: Array, widths: Sequence[int], most: int) -> Array:
 class Choice:
     """What the next round drafts, and why."""
 
-    drafted: Shape | Tree  # PLAIN or an empty tree: nothing
+    topology: Shape | Tree  # PLAIN or an empty tree: nothing
     expected_tokens: float  # of the round, the bonus token included
     ms: float  # what the round should take; nan: not measured
     plain_ms: float  # what a plain step takes; nan: not measured
@@ -256,9 +256,9 @@ class Choice:
 
     def explain(self) -> str:
         """Return the choice and its reason on one line, in plain words."""
-        if not len(self.drafted):
+        if not len(self.topology):
             return self._explain_plain()
-        nodes = f"{len(self.drafted)} node{'s' if len(self.drafted) > 1 else ''}, depth {self.drafted.depth}"
+        nodes = f"{len(self.topology)} node{'s' if len(self.topology) > 1 else ''}, depth {self.topology.depth}"
         if math.isnan(self.ms):
             return f"{nodes}: fixed, {self.expected_tokens:.1f} tokens"
         rate = f"{self.ms / self.expected_tokens:.1f} ms a token (plain {self.plain_ms:.1f})"
@@ -301,14 +301,14 @@ class Fixed:
     """Always the same Shape or Tree, however little may still be accepted; nothing where that is nothing.
 
     Args:
-        drafted: what every round drafts.
+        topology: what every round drafts.
         acceptance: what is known so far.
     """
 
-    def __init__(self, drafted: Shape | Tree, acceptance: Acceptance | None = None) -> None:
+    def __init__(self, topology: Shape | Tree, acceptance: Acceptance | None = None) -> None:
         self.acceptance = Acceptance() if acceptance is None else acceptance
-        self._drafted = drafted
-        self._expectation = _Expectation([drafted] if len(drafted) else [])
+        self._drafted = topology
+        self._expectation = _Expectation([topology] if len(topology) else [])
 
     def choose(self, left: int) -> Choice:
         """Return what every round drafts, or a plain step where nothing may be accepted."""
@@ -448,7 +448,7 @@ class Auto:
         self.budget = Budget(start.spent_ms, pace.plain_ms if pace.is_known else None)
         self._start, self._start_ms = start, start.ms
         self._candidates = [candidate for candidate in candidates if len(candidate)]
-        self._depths = np.array([drafted.depth for drafted in self._candidates], dtype=np.int64)
+        self._depths = np.array([topology.depth for topology in self._candidates], dtype=np.int64)
         self._rounds = Rounds(self._candidates)
         self._expectation = _Expectation(self._candidates)
         self._ms: Array | None = None  # of the candidates, by the pace as it is now; None: not worked out yet
@@ -558,30 +558,30 @@ class Auto:
         self, choice: Choice, observations: Sequence[Observation], num_tokens: int, ms: float | None = None
     ) -> None:
         """Take in a round: see `Policy`."""
-        drafted = choice.drafted
-        expected_ms = self.pace.round_ms(drafted, self._late)
+        topology = choice.topology
+        expected_ms = self.pace.round_ms(topology, self._late)
         self.acceptance.learn(observations)
         if ms is not None:
-            self._heard.append((drafted, ms, self._late))
-            if not len(drafted) or len(self._heard) > 1:
+            self._heard.append((topology, ms, self._late))
+            if not len(topology) or len(self._heard) > 1:
                 self._learn_pace()
         took_ms = expected_ms if ms is None or not self.pace.is_known else ms
-        is_idle = not len(drafted) or (ms is None and not observations)  # there may have been nothing to propose
+        is_idle = not len(topology) or (ms is None and not observations)  # there may have been nothing to propose
         if is_idle:
-            self.budget.add_plain(num_tokens, None if len(drafted) else ms)
+            self.budget.add_plain(num_tokens, None if len(topology) else ms)
         else:
             self.budget.add_drafted(num_tokens, took_ms)
         self.credit.add(took_ms, 0.0 if is_idle else num_tokens - took_ms / self.pace.plain_ms)
         self._num_tokens += num_tokens
         self._num_plain = self._num_plain + num_tokens if is_idle else 0
-        self._missed = self._missed + num_tokens if not len(drafted) else 0
+        self._missed = self._missed + num_tokens if not len(topology) else 0
         self._since_plain = 0.0 if is_idle else self._since_plain + took_ms
         self._is_warm = choice.is_probe and any(seen.hit is not None for seen in observations)
 
     def _learn_pace(self) -> None:
         """Take in what rounds took: while a GPU is busy where that can wait, for it takes longer than a choice."""
-        for drafted, ms, late in self._heard:
-            self.pace.learn(drafted, ms, late)
+        for topology, ms, late in self._heard:
+            self.pace.learn(topology, ms, late)
             self._ms = None
         self._heard.clear()
 

@@ -11,7 +11,7 @@ from specvlm.speculate.drafters.base import (
     check,
     create,
     drafter,
-    kind,
+    drafter_class,
     model_of,
     propose,
 )
@@ -24,7 +24,7 @@ __all__ = [
     "check",
     "create",
     "drafter",
-    "kind",
+    "drafter_class",
     "model_of",
     "propose",
 ]

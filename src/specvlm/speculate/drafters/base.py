@@ -79,12 +79,12 @@ class Drafter:
         """Return the bytes that a pass of the draft reads over those of the target's; 0: drafting runs no model."""
         return 0.0
 
-    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+    def propose(self, token: int, topology: Shape | Tree) -> Draft:
         """Draft after the known text, whose newest token is `token`.
 
         Args:
             token: the last known token.
-            drafted: what the policy chose; an empty one asks for nothing.
+            topology: what the policy chose; an empty one asks for nothing.
         """
         raise NotImplementedError
 
@@ -96,10 +96,10 @@ class Drafter:
         """
         return ()
 
-    def rehearse(self, drafted: Shape | Tree) -> None:
+    def rehearse(self, topology: Shape | Tree) -> None:
         """Do the work of a round and forget it, so that it can be timed."""
 
-    def watch(self) -> attention.Scores | None:
+    def score_collector(self) -> attention.Scores | None:
         """Return what shall collect the target's attention in the pass that verifies the last draft."""
         return None
 
@@ -130,7 +130,7 @@ def check(config: DraftConfig) -> None:
         policy.check(config.policy)
 
 
-def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
+def drafter_class(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
     """Return the class in force; without a draft model, "model" falls back to plain decoding."""
     return DRAFTERS["none" if config.drafter == "model" and model is None else config.drafter]
 
@@ -138,25 +138,25 @@ def kind(config: DraftConfig, model: VideoLM | None) -> type[Drafter]:
 def model_of(config: DraftConfig, draft: VideoLM | None, target: VideoLM) -> VideoLM | None:
     """Return the model that drafts: the draft, or the target itself."""
     is_other = draft is None or draft.hf is not target.hf
-    return target if kind(config, draft).is_target and is_other else draft
+    return target if drafter_class(config, draft).is_target and is_other else draft
 
 
 def create(config: DraftConfig, draft: VideoLM | None, context: Context) -> Drafter:
     """Return a new drafter of the class in force, which has read the prompt."""
-    return kind(config, draft)(model_of(config, draft, context.target), config, context)
+    return drafter_class(config, draft)(model_of(config, draft, context.target), config, context)
 
 
-def propose(drafter: Drafter, token: int, drafted: Shape | Tree, target: VideoLM) -> Draft:
+def propose(drafter: Drafter, token: int, topology: Shape | Tree, target: VideoLM) -> Draft:
     """Return what a drafter proposes. What a stranger's class returns is looked through first, which waits for it.
 
     Raises:
         ConfigError: it failed, or it returned something else than a Draft of this target's tokens.
     """
     if type(drafter).__module__.startswith("specvlm."):
-        return drafter.propose(token, drafted)
+        return drafter.propose(token, topology)
     name = type(drafter).__name__
     try:
-        found: object = drafter.propose(token, drafted)
+        found: object = drafter.propose(token, topology)
     except (SpecVLMError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

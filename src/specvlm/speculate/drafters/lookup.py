@@ -32,17 +32,17 @@ class LookupDrafter(Drafter):
         most = 31 if config.tree == "dynamic" else tree.parse(config.tree).depth
         return [tree.chain(length) for length in sorted({min(size - 1, most) for size in sizes} - {0})]
 
-    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+    def propose(self, token: int, topology: Shape | Tree) -> Draft:
         """Propose one chain, as long as the tree is deep."""
         self._lookup.extend([token])
-        self._proposed = self._lookup.find(drafted.depth)
+        self._proposed = self._lookup.find(topology.depth)
         if not self._proposed:
             return Draft.empty()
-        if drafted.depth not in self._chains:
-            self._chains[drafted.depth] = Draft.of([-1] * drafted.depth, range(-1, drafted.depth - 1), self.device)
-        padding = [-1] * (drafted.depth - len(self._proposed))  # one size of pass, whatever was found
+        if topology.depth not in self._chains:
+            self._chains[topology.depth] = Draft.of([-1] * topology.depth, range(-1, topology.depth - 1), self.device)
+        padding = [-1] * (topology.depth - len(self._proposed))  # one size of pass, whatever was found
         tokens = upload([*self._proposed, *padding], self.device)
-        return replace(self._chains[drafted.depth], tokens=tokens)
+        return replace(self._chains[topology.depth], tokens=tokens)
 
     def commit(self, accepted: Accepted) -> Sequence[Observation]:
         """Add what stands to the index."""

@@ -23,7 +23,7 @@ from specvlm.runtime.session import Session
 from specvlm.speculate import accept, policy
 from specvlm.speculate.accept import Accepted, Draft
 from specvlm.speculate.drafters.base import Context, Drafter, drafter
-from specvlm.speculate.growth import HEAD, Growth, merged
+from specvlm.speculate.growth import OVERLAP, Growth, append_chain
 from specvlm.speculate.ngrams import words_of
 from specvlm.speculate.policy import Observation
 
@@ -47,12 +47,13 @@ class ModelDrafter(Drafter):
             raise ConfigError(f"drafter={config.drafter!r} needs a draft model: name one, or choose drafter='none'")
         self._model, self._config, self._context = model, config, context
         self.device = model.device
-        self._drafted: Shape | Tree = tree.PLAIN
+        self._topology: Shape | Tree = tree.PLAIN
         self._num_nodes = 0
         self._sampling, self._chooser = context.sampling, accept.Chooser(context.sampling)
         self._shared = min(model.vocab_size, context.target.vocab_size)
         bias = context.target.rules.bias
-        self._law = (self._shared, bias is None, *self._sampling.law)  # baked into a round's graphs, beside its shape
+        # baked into a round's graphs, beside its shape
+        self._sampling_key = (self._shared, bias is None, *self._sampling.sampling_key)
         self._session, pruned = self._start(context)
         self._session.rollback(len(pruned) - 1)
         # known tokens that the cache does not hold yet
@@ -105,17 +106,17 @@ class ModelDrafter(Drafter):
         return 1.0 if model is None else model.step_bytes / target.step_bytes
 
     @torch.inference_mode()
-    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+    def propose(self, token: int, topology: Shape | Tree) -> Draft:
         """Draft a tree, one pass a level."""
         self._learn_token(token)
-        self._drafted = drafted
-        if not len(drafted):
+        self._topology = topology
+        if not len(topology):
             return Draft.empty(self.device)
-        draft = self._grown(drafted)
+        draft = self._grown(topology)
         self._num_nodes = len(draft)
         if self._lookup is not None and (found := self._lookup.find(self._config.lookup_tokens)):
             padding = [-1] * (self._config.lookup_tokens - len(found))
-            draft = merged(draft, [*found, *padding], self.device)
+            draft = append_chain(draft, [*found, *padding], self.device)
         return draft
 
     def _learn_token(self, token: int) -> None:
@@ -125,29 +126,29 @@ class ModelDrafter(Drafter):
         if self._lookup is not None:
             self._lookup.extend([token])
 
-    def _grown(self, drafted: Shape | Tree) -> Draft:
+    def _grown(self, topology: Shape | Tree) -> Draft:
         """Run a round's passes; return the tree."""
         self._catch_up()
         space = self._session.workspace
-        space.tokens[: len(HEAD)].copy_(staged(self._pending, self.device), non_blocking=True)
+        space.tokens[: len(OVERLAP)].copy_(staged(self._pending, self.device), non_blocking=True)
         if not self._chooser.is_greedy:
             self._clock.copy_(staged((self._count, self._sampling.seed or 0), self.device), non_blocking=True)
-        if isinstance(drafted, Shape):
+        if isinstance(topology, Shape):
             self._weigh()
-        key = self._growth_key(drafted)
-        growth: Growth = space.own(("growth", key), lambda: self._new_growth(drafted))
+        key = self._growth_key(topology)
+        growth: Growth = space.own(("growth", key), lambda: self._new_growth(topology))
         self._growth = growth
-        self._run(("head", key), partial(self._head, growth))
-        for level in range(1, drafted.depth):
+        self._run(("overlap", key), partial(self._overlap, growth))
+        for level in range(1, topology.depth):
             self._run(("level", key, level), partial(self._level, growth, level))
-        return self._run(("nodes", key, drafted), lambda: growth.nodes(drafted))
+        return self._run(("nodes", key, topology), lambda: growth.nodes(topology))
 
-    def _growth_key(self, drafted: Shape | Tree) -> Hashable:
+    def _growth_key(self, topology: Shape | Tree) -> Hashable:
         """Return what the fixed tensors of a round depend on: of a shape, its width alone."""
-        return (drafted.width if isinstance(drafted, Shape) else drafted, *self._law)
+        return (topology.width if isinstance(topology, Shape) else topology, *self._sampling_key)
 
-    def _new_growth(self, drafted: Shape | Tree) -> Growth:
-        deepest = replace(drafted, depth=tree.MAX_DEPTH) if isinstance(drafted, Shape) else drafted
+    def _new_growth(self, topology: Shape | Tree) -> Growth:
+        deepest = replace(topology, depth=tree.MAX_DEPTH) if isinstance(topology, Shape) else topology
         return Growth(deepest, self._worth, self.device)
 
     def _run(self, key: Hashable, function: Callable[[], T]) -> T:
@@ -162,8 +163,8 @@ class ModelDrafter(Drafter):
     def _level(self, growth: Growth, level: int) -> None:
         self._offer(growth, level, *growth.run_next(level))
 
-    def _head(self, growth: Growth) -> None:
-        tokens = self._session.workspace.tokens[: len(HEAD)]
+    def _overlap(self, growth: Growth) -> None:
+        tokens = self._session.workspace.tokens[: len(OVERLAP)]
         self._offer(growth, 0, tokens, growth.start(tokens))
 
     def _offer(self, growth: Growth, level: int, tokens: Tensor, rows: Rows) -> None:
@@ -179,8 +180,8 @@ class ModelDrafter(Drafter):
             before = growth.row_tokens[: rows.sees.shape[1]]
             seen = accept.seen_before(self._seen[: self._shared], before, rows.sees)
             logits = accept.penalise(logits, seen, self._sampling.penalty)
-        if not self._chooser.is_greedy:  # the root, at depth 2 behind the head, stands where the next token is chosen
-            places = self._clock[:1] + (rows.depths - len(HEAD))
+        if not self._chooser.is_greedy:  # the root, at depth 2 behind the overlap, stands where the next one comes
+            places = self._clock[:1] + (rows.depths - len(OVERLAP))
             logits = self._chooser.scores(logits, places, seed=self._clock[1])
         growth.offer(level, logits)
 
@@ -197,7 +198,7 @@ class ModelDrafter(Drafter):
         if self._lookup is not None:
             self._lookup.extend(words)
         self._count += len(words)
-        if not len(self._drafted):
+        if not len(self._topology):
             return ()
         rows, observations = self._growth.read(self._num_nodes, accepted)
         self._store(rows, words)
@@ -205,24 +206,24 @@ class ModelDrafter(Drafter):
 
     def _store(self, rows: Sequence[int], words: Sequence[int]) -> None:
         """Make rows of the round part of the known text, given those of the accepted nodes, -1 where none was run."""
-        path = [len(HEAD) - 1, *rows][: len(words)]  # of the root and the accepted nodes but the last
+        path = [len(OVERLAP) - 1, *rows][: len(words)]  # of the root and the accepted nodes but the last
         stored = next((place for place, row in enumerate(path) if row < 0), len(path))
         self._session.keep([0, *path[:stored]])
         self._pending = [self._pending[-1], *words][stored:]
 
-    def rehearse(self, drafted: Shape | Tree) -> None:
+    def rehearse(self, topology: Shape | Tree) -> None:
         """Do the work of a round and forget it. Known tokens that were not run yet are run first, for good."""
         with torch.inference_mode():
             self._pending.append(self._pending[-1])  # in place of the newest token
             self._catch_up()
             pending = self._pending[:-1]
-            self._grown(drafted)
+            self._grown(topology)
             self._session.keep(())
         self._pending = pending
 
     def _catch_up(self) -> None:
         """Run the known tokens before the last two, where the rounds before drafted nothing."""
-        older = self._pending[: -len(HEAD)]
+        older = self._pending[: -len(OVERLAP)]
         while older:
             part, older = older[: tree.MAX_NODES + 1], older[tree.MAX_NODES + 1 :]
             size = 1 << (len(part) - 1).bit_length() if self._session.is_captured else len(part)  # few graphs
@@ -230,7 +231,7 @@ class ModelDrafter(Drafter):
             with self._capturing(is_ready=self._session.is_ready(size)):
                 self._session.step(tokens.clamp_max(self._model.vocab_size - 1), range(-1, size - 1))
             self._session.keep(range(len(part)))
-        self._pending = self._pending[-len(HEAD) :]
+        self._pending = self._pending[-len(OVERLAP) :]
 
     def _see(self, tokens: Sequence[int]) -> None:
         if self._sampling.penalty != 1 and tokens:

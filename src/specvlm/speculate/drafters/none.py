@@ -19,6 +19,6 @@ class NoDrafter(Drafter):
         """There is nothing to choose."""
         return []
 
-    def propose(self, token: int, drafted: Shape | Tree) -> Draft:
+    def propose(self, token: int, topology: Shape | Tree) -> Draft:
         """Propose nothing."""
         return Draft.empty()

@@ -16,7 +16,7 @@ from specvlm.runtime.session import Session
 from specvlm.speculate.accept import Accepted
 from specvlm.speculate.drafters.base import Context, DraftWarning, drafter
 from specvlm.speculate.drafters.model import ModelDrafter
-from specvlm.speculate.growth import HEAD
+from specvlm.speculate.growth import OVERLAP
 from specvlm.speculate.policy import Observation
 
 
@@ -54,12 +54,12 @@ class SelfDrafter(ModelDrafter):
 
     def _catch_up(self) -> None:
         """Gather the known tokens before the last two from the target, which has verified all but the newest."""
-        count, end = len(self._pending) - len(HEAD), self._context.session.length - 1
+        count, end = len(self._pending) - len(OVERLAP), self._context.session.length - 1
         if count:
             self._session.copy_rows(self._context.session, slice(end - count, end))
-        self._pending = self._pending[-len(HEAD) :]
+        self._pending = self._pending[-len(OVERLAP) :]
 
-    def watch(self) -> attention.Scores | None:
+    def score_collector(self) -> attention.Scores | None:
         """Return what shall collect the target's attention in this pass, every `refresh` rounds."""
         self._rounds += 1
         is_due = self._config.refresh > 0 and self._rounds % self._config.refresh == 0
