@@ -12,7 +12,7 @@ import specvlm
 from specvlm.core.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-ELSEWHERE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+ELSEWHERE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")
 
 
