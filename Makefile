@@ -71,6 +71,7 @@ test-latest:
 
 # the variable silences an advertisement for another tool
 docs: $(VENV)/docs
+	$(BIN)/python docs/rooms.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 lock: $(VENV)/base

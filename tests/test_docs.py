@@ -45,3 +45,17 @@ def test_every_name_has_its_place():
     names = {own.name for part in fields(config) for own in fields(getattr(config, part.name))}
     assert {name for name in names if f"| `{name}` |" not in page} == set()
     assert all(f"```python\n{file.read_text()}" in SITE["examples"]() for file in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_picture_of_the_rooms_is_of_these_imports():
+    found = runpy.run_path(str(ROOT / "docs/rooms.py"))
+    assert found["PICTURE"].read_text(encoding="utf-8") == found["picture"](), "run: python docs/rooms.py"
+    assert found["floors"]({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == [["c"], ["b"], ["a"]]
+    with pytest.raises(ValueError, match="a circle of imports"):
+        found["floors"]({"a": {"b"}, "b": {"a"}})
+
+
+def test_every_room_is_explained():
+    rooms = runpy.run_path(str(ROOT / "docs/rooms.py"))["rooms"]()
+    table = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
+    assert rooms.keys() <= set(table)
