@@ -50,7 +50,7 @@ def within_site(markdown: str, folder: Path) -> str:
         name = target.relative_to(ROOT).as_posix()
         if name in ELSEWHERE:
             return f"[{label}]({ELSEWHERE[name]}{anchor or ''})"
-        if name.startswith("docs/"):
+        if name.startswith("docs/") and name.endswith(".md"):
             return f"[{label.removeprefix('docs/')}]({name.removeprefix('docs/')}{anchor or ''})"
         return f"`{name}`" if label.strip("`") in name else f"{label} (`{name}`)"
 

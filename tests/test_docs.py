@@ -28,6 +28,7 @@ def test_every_page_is_in_the_menu():
         ("![plot](plots/pruners-mat.png)", "![plot](plots/pruners-mat.png)"),
         ("[the page](../README.md#licence)", "[the page](index.md#licence)"),
         ("[families/base.py](../src/specvlm/families/base.py)", "`src/specvlm/families/base.py`"),
+        ("[rooms.py](rooms.py)", "`docs/rooms.py`"),
         ("[the tests](../tests/tiny.py)", "the tests (`tests/tiny.py`)"),
     ],
 )
