@@ -134,3 +134,10 @@ def test_a_request_runs_once(model):
     for run in (model.rounds, model.stream_request):
         with pytest.raises(ConfigError, match="runs once"):
             next(iter(run(request)))
+
+
+@pytest.mark.parametrize("needs_model", [False, True])
+def test_a_drafter_says_itself_whether_it_needs_a_draft(needs_model, monkeypatch):
+    monkeypatch.setitem(DRAFTERS, "own", type("Own", (Drafter,), {"needs_model": needs_model}))
+    model = SpecVLM.from_pretrained(device="cpu", drafter="own", tree="chain:1")
+    assert (model.draft is not None) is needs_model

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specvlm.engine.text import Chunk
     from specvlm.media import Frames
     from specvlm.prune import pruner
+    from specvlm.speculate.drafters import drafter
 
 __all__ = [
     "CapacityError",
@@ -32,6 +33,7 @@ __all__ = [
     "SpecVLMError",
     "UnsupportedModel",
     "VideoConfig",
+    "drafter",
     "pruner",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {  # modules are imported when a name is first asked for: some need tor
     "SpecVLMError": "core.errors",
     "UnsupportedModel": "core.errors",
     "VideoConfig": "core.config",
+    "drafter": "speculate.drafters",
     "pruner": "prune",
 }
 

@@ -38,8 +38,6 @@ from specvlm.speculate import accept
 from specvlm.speculate import drafters as drafting
 from specvlm.speculate.memory import Memory
 
-_MODEL_FREE = ("none", "lookup", "self")  # drafters that need no draft model
-
 
 @dataclass(frozen=True, eq=False)
 class Round(ByValue):
@@ -115,7 +113,8 @@ class SpecVLM:
         config = _checked(EngineConfig().replace(**settings))
         drafter = config.draft.drafter
         if target is None:
-            target, draft = bundled("target"), draft or (bundled("draft") if drafter not in _MODEL_FREE else None)
+            needs_model = drafting.DRAFTERS[drafter].needs_model
+            target, draft = bundled("target"), draft or (bundled("draft") if needs_model else None)
         if drafter == "self":
             draft = draft or "self"
         for name, value in (("draft_device", draft_device), ("draft_quant", draft_quant)):

@@ -56,6 +56,7 @@ class Drafter:
         context: what it drafts for; reading the prompt is a part of making the drafter.
     """
 
+    needs_model = False  # whether it drafts with a model that is not the target
     is_target = False  # whether the target drafts where the draft is another model
     prunes = False  # whether it reads the prompt with pruned visual tokens
     encodes = False  # whether reading the prompt runs it on a model of its own

@@ -37,6 +37,7 @@ class ModelDrafter(Drafter):
     Each pass of a round is a function of fixed shape that waits for nothing: a CUDA graph on a GPU.
     """
 
+    needs_model = True
     prunes = True
     encodes = True
     catches_up = True

@@ -28,6 +28,7 @@ class SelfDrafter(ModelDrafter):
     verifies is gathered, too, so that the draft's own rows live for one round only.
     """
 
+    needs_model = False
     is_target = True
     encodes = False
     catches_up = False
