@@ -60,3 +60,11 @@ def test_every_room_is_explained():
     rooms = runpy.run_path(str(ROOT / "docs/rooms.py"))["rooms"]()
     table = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
     assert rooms.keys() <= set(table)
+
+
+def test_the_oldest_transformers_runs_the_same_tests_everywhere():
+    makefile, workflow = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".github/workflows/test.yml")
+    )
+    line = re.search(r"-n 2 (tests/test_families.*)$", makefile, re.M)[1]
+    assert line in workflow
