@@ -21,7 +21,7 @@ BAD = {  # a command line, and what its one line says
     "describe": "the following arguments are required: VIDEO",
     "describe {clip} --pruner bogus": "pruner='bogus' is not allowed: known are attention, frame, none",
     "describe {clip} --drafter bogus": "drafter='bogus' is not allowed: known are lookup, model, none, self",
-    "describe {clip} --policy bogus": "invalid choice: 'bogus'",
+    "describe {clip} --policy bogus": "policy='bogus' is not allowed: known are auto, fixed",
     "describe {clip} --tree bush": "tree='bush' is not allowed",
     "describe {clip} --tree 0,00,02,1x": "tree path '1x' is not allowed",
     "describe {clip} --tree 00": "has no parent",

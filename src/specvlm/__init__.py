@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from specvlm.engine.api import Round, SpecVLM
     from specvlm.engine.request import Request
     from specvlm.engine.text import Chunk
+    from specvlm.families import family
     from specvlm.media import Frames
     from specvlm.prune import pruner
     from specvlm.speculate.drafters import drafter
+    from specvlm.speculate.policy import policy
 
 __all__ = [
     "CapacityError",
@@ -34,6 +36,8 @@ __all__ = [
     "UnsupportedModel",
     "VideoConfig",
     "drafter",
+    "family",
+    "policy",
     "pruner",
 ]
 
@@ -55,6 +59,8 @@ _HOMES = {  # modules are imported when a name is first asked for: some need tor
     "UnsupportedModel": "core.errors",
     "VideoConfig": "core.config",
     "drafter": "speculate.drafters",
+    "family": "families",
+    "policy": "speculate.policy",
     "pruner": "prune",
 }
 

@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
 
 def add_load(parser: argparse.ArgumentParser) -> None:
     """Add the files of the user's own to run first; see `run_files`."""
-    text = "Python file that registers pruners or drafters of your own; may be repeated"
+    text = "Python file that registers pruners, drafters or policies of your own; may be repeated"
     parser.add_argument("--load", metavar="FILE.py", action="append", default=[], help=text)
 
 

@@ -31,6 +31,11 @@ def drafters() -> Collection[str]:
     return found
 
 
+def policies() -> Collection[str]:
+    """Return the names of the policies, as `pruners` does."""
+    return (*names.POLICIES, *getattr(sys.modules.get("specvlm.speculate.policy"), "POLICIES", ()))
+
+
 def prunes(drafter: str) -> bool:
     """Whether a drafter sees what a pruner keeps."""
     registered: dict[str, Any] = getattr(sys.modules.get("specvlm.speculate.drafters.base"), "DRAFTERS", {})
@@ -73,6 +78,8 @@ def settings(config: EngineConfig, *, is_extended: bool) -> None:
     if not is_extended:
         known("drafter", config.draft.drafter, drafters())
         known("pruner", config.prune.pruner, pruners())
+        if config.draft.policy is not None:
+            known("policy", config.draft.policy, policies())
 
 
 def device(value: object, setting: str = "device") -> None:

@@ -295,7 +295,7 @@ class DraftConfig:
         None,
         "auto: choose round by round the tree, or none, that gives the most tokens a second; fixed: always draft the "
         "tree [default: auto for the tree 'dynamic', else fixed]",
-        choices=("auto", "fixed"),
+        choices="policies",
     )
     lookup_tokens: int = _setting(0, "tokens of prompt lookup beside the tree of a model, as a branch of its own")
     refresh: int = _setting(

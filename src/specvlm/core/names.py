@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 DRAFTERS = {"model": True, "self": True, "lookup": False, "none": False}  # whether they see what a pruner keeps
+POLICIES = ("auto", "fixed")
 QUANTS = ("fp8", "int8", "int4")  # weight-only formats of a draft
 DTYPES = ("float32", "bfloat16", "float16")
 

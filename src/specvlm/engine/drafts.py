@@ -23,7 +23,7 @@ from specvlm.speculate import drafters as drafting
 from specvlm.speculate.drafters import Context, Drafter
 from specvlm.speculate.memory import Memory
 from specvlm.speculate.pace import Costs, Pace
-from specvlm.speculate.policy import Acceptance, Auto, Choice, Credit, Fixed, Observation, Policy, Start
+from specvlm.speculate.policy import POLICIES, Acceptance, Auto, Choice, Credit, Fixed, Observation, Policy, Start
 
 LEAST_TOKENS = 3  # of an answer that can be drafted for: one comes from the prefill, one follows any draft
 _PROMPT_TOKENS = 24  # last ones of a prompt, by which answers to such prompts are known
@@ -56,6 +56,8 @@ class Drafts:
         options = self._drafter_class.options(config.draft, costs.sizes(self._start.session))
         if not options:
             return Fixed(PLAIN, self._acceptance)
+        if config.draft.policy in POLICIES:
+            return POLICIES[config.draft.policy](options, self._acceptance)
         if not config.draft.is_adaptive:
             return Fixed(tree.parse(config.draft.tree), self._acceptance)
         known = self._memory.times.get(self._target_key, self._draft_key)

@@ -1,7 +1,7 @@
 """The only per-model code: one file a family, registered under the model_type of its Hugging Face config."""
 
 from specvlm.families import llava_onevision, qwen_vl
-from specvlm.families.base import Family, Features, Inputs, Prompt, Size, VideoShape, Visual, family_for, register
+from specvlm.families.base import Family, Features, Inputs, Prompt, Size, VideoShape, Visual, family, family_for
 from specvlm.families.messages import Medium, Message, clean, last_words, parse, texts
 from specvlm.families.pixels import Limits
 
@@ -17,11 +17,11 @@ __all__ = [
     "VideoShape",
     "Visual",
     "clean",
+    "family",
     "family_for",
     "last_words",
     "llava_onevision",
     "parse",
     "qwen_vl",
-    "register",
     "texts",
 ]

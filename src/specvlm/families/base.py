@@ -227,7 +227,7 @@ def counting(family: Family, inputs: Inputs) -> str:
 _FAMILIES: dict[str, type[Family]] = {}
 
 
-def register(*model_types: str) -> Callable[[type], type]:
+def family(*model_types: str) -> Callable[[type], type]:
     """Register a Family class under the model_type of each HF config that it serves."""
 
     def add(cls: type) -> type:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from specvlm.core.errors import ConfigError, UnsupportedModel
 from specvlm.families import qwen_tower as vision
-from specvlm.families.base import Features, Inputs, VideoShape, Visual, register
+from specvlm.families.base import Features, Inputs, VideoShape, Visual, family
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.pixels import PROCESSOR_FILES, Limits, normalize, processor_settings, resize
 from specvlm.media import Frames
@@ -36,7 +36,7 @@ def best_pinpoint(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -
     return best[0], best[1]
 
 
-@register("llava_onevision")
+@family("llava_onevision")
 class LlavaOnevision(VisionFamily):
     """LLaVA-OneVision with a SigLIP tower, whose features all become tokens.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from specvlm.core.config import TEXT_POSITIONS, shown
 from specvlm.core.errors import ConfigError, UnsupportedModel
 from specvlm.families import qwen_tower as vision
-from specvlm.families.base import Features, Inputs, VideoShape, Visual, counting, register
+from specvlm.families.base import Features, Inputs, VideoShape, Visual, counting, family
 from specvlm.families.common import Encoded, VisionFamily, cells
 from specvlm.families.messages import Message
 from specvlm.families.pixels import (
@@ -146,7 +146,7 @@ def _trained_positions(directory: str, config: Any) -> str:
     return str(found)
 
 
-@register("qwen2_vl", "qwen2_5_vl")
+@family("qwen2_vl", "qwen2_5_vl")
 class QwenVL(VisionFamily):
     """Qwen2-VL and Qwen2.5-VL: every frame has its own pixel budget; Qwen2.5-VL's positions count seconds."""
 
@@ -310,7 +310,7 @@ class QwenVL(VisionFamily):
         return blocks
 
 
-@register("qwen3_vl")
+@family("qwen3_vl")
 class Qwen3VL(QwenVL):
     """Qwen3-VL: one pixel budget for all frames of a video, and each time step's seconds written before it.
 

@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specvlm.core.config import shown
-from specvlm.core.errors import ConfigError
+from specvlm.core import checks
 from specvlm.core.tree import MAX_NODES, NUM_RANKS, PLAIN, Shape, Tree
 from specvlm.speculate.pace import Pace, Rounds
 
@@ -608,11 +607,32 @@ class Auto:
         return self._tokens
 
 
+# What may be drafted, and what is known of acceptance -> the policy of one request.
+MakePolicy = Callable[[Sequence[Shape | Tree], Acceptance], Policy]
+
+# Of a program's own; auto and fixed are made where what they need is known.
+POLICIES: dict[str, MakePolicy] = {}
+
+M = TypeVar("M", bound=MakePolicy)
+
+
+def policy(name: str) -> Callable[[M], M]:
+    """Register a Policy class, or a function that makes one, under its name.
+
+    It is called once a request with the trees that the drafter offers and the running acceptance.
+    """
+
+    def add(make: M) -> M:
+        POLICIES[name] = make
+        return make
+
+    return add
+
+
 def check(name: str) -> None:
     """Refuse a policy that does not exist.
 
     Raises:
-        ConfigError: the name is neither auto nor fixed.
+        ConfigError: so it is; the known ones are listed.
     """
-    if name not in ("auto", "fixed"):
-        raise ConfigError(f"policy={shown(name)} is not allowed: auto or fixed")
+    checks.known("policy", name, checks.policies())
