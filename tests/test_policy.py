@@ -495,7 +495,7 @@ def test_a_choice_explains_itself():
 def test_an_unknown_policy_is_refused():
     policy.check("auto")
     policy.check("fixed")
-    with pytest.raises(ConfigError, match="policy='x' is not allowed: auto or fixed"):
+    with pytest.raises(ConfigError, match="policy='x' is not allowed: known are auto, fixed"):
         policy.check("x")
 
 
