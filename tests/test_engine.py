@@ -615,7 +615,7 @@ def test_a_draft_of_another_family_or_tokenizer_is_refused(monkeypatch):
         ({"tree": "chain:x"}, "chain:N"),
         ({"tree": "dynamic:5"}, "dynamic:NODES:DEPTH"),
         ({"tree": "dynamic:3:4"}, "to the nodes"),
-        ({"policy": "fast"}, "policy='fast' is not allowed: auto or fixed"),
+        ({"policy": "fast"}, "policy='fast' is not allowed: known are auto, fixed"),
         ({"lookup_tokens": -1}, "from 0 to 32"),
         ({"refresh": -1}, "0 or more rounds"),
         ({"temperature": -1}, "temperature=-1"),
