@@ -13,7 +13,7 @@ import torch
 
 from specvlm import SpecVLM, prune
 from specvlm.core.rows import Rows
-from specvlm.engine.api import bundled
+from specvlm.engine.pair import bundled
 from specvlm.speculate import growth
 from specvlm_bench import data, quality
 from specvlm_bench.journal import Journal

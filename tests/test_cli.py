@@ -16,7 +16,7 @@ from PIL import Image
 from specvlm import EngineConfig, SpecVLM, prune
 from specvlm.check import inspect as inspection
 from specvlm.cli import main as cli
-from specvlm.engine.api import bundled
+from specvlm.engine.pair import bundled
 from specvlm.engine.sources import DEFAULT_PROMPT
 from specvlm.speculate import drafters
 

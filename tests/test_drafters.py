@@ -12,8 +12,8 @@ from specvlm.core import tree
 from specvlm.core.rows import Rows, ancestors, ancestors_on_device
 from specvlm.core.tree import Shape
 from specvlm.engine.account import Decision
-from specvlm.engine.api import bundled
 from specvlm.engine.explain import explain
+from specvlm.engine.pair import bundled
 from specvlm.kernels import quant
 from specvlm.runtime import model
 from specvlm.runtime.graphs import Workspace

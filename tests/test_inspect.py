@@ -7,7 +7,7 @@ import torch
 from specvlm import EngineConfig, SpecVLM, VideoConfig
 from specvlm.check import inspect as inspection
 from specvlm.check.inspect import Inspection, lay_out
-from specvlm.engine.api import bundled
+from specvlm.engine.pair import bundled
 from specvlm.media import load
 
 PROMPT = "Which shapes touch?"

@@ -22,7 +22,7 @@ from specvlm.core.config import EngineConfig
 from specvlm.core.errors import CapacityError
 from specvlm.core.tree import PLAIN, Shape, parse
 from specvlm.engine.account import Decision
-from specvlm.engine.api import bundled
+from specvlm.engine.pair import bundled
 from specvlm.kernels.quant import QuantWeight, dequantize
 from specvlm.runtime.model import VideoLM
 from specvlm.speculate.growth import round_passes

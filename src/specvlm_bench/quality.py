@@ -45,7 +45,8 @@ from specvlm.core.clock import wait
 from specvlm.core.config import SamplingConfig, VideoConfig
 from specvlm.core.errors import ConfigError, SpecVLMError, SpecVLMWarning, memory_errors, one_line
 from specvlm.engine.account import Generation, Speculation, measure_peak, reset_peak
-from specvlm.engine.api import SpecVLM, bundled
+from specvlm.engine.api import SpecVLM
+from specvlm.engine.pair import bundled
 from specvlm.engine.request import Prefilled, Request
 from specvlm.speculate import drafters as drafting
 from specvlm_bench.data import Data, Sample

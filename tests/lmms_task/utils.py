@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from specvlm.engine.api import bundled
+from specvlm.engine.pair import bundled
 
 DATA = str(Path(__file__).with_name("questions.jsonl"))
 

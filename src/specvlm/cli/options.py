@@ -167,7 +167,8 @@ def load(args: argparse.Namespace, status: Status) -> SpecVLM:
     if is_plain and "draft" in options:
         raise ConfigError(f"draft={options['draft']!r} is not allowed with --no-draft: leave one of them out")
     check(args)
-    from specvlm.engine.api import SpecVLM, bundled
+    from specvlm.engine.api import SpecVLM
+    from specvlm.engine.pair import bundled
 
     console.raise_on_signals()
     run_files(args.load)

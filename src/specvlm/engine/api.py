@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -22,17 +21,17 @@ from specvlm.core import tree
 from specvlm.core.ambient import neutral, neutral_steps
 from specvlm.core.byvalue import ByValue
 from specvlm.core.clock import Seconds
-from specvlm.core.config import DEFAULT_FPS, EngineConfig, SamplingConfig, shown
+from specvlm.core.config import DEFAULT_FPS, EngineConfig, SamplingConfig
 from specvlm.core.errors import CapacityError, ConfigError
 from specvlm.core.upload import upload
-from specvlm.engine import effects, sources
+from specvlm.engine import effects, pair, sources
 from specvlm.engine.account import Decision, Generation, Seen, measure_peak, reset_peak
 from specvlm.engine.drafts import LEAST_TOKENS, Drafts
 from specvlm.engine.fit import Prompted, fitted
 from specvlm.engine.request import Prefilled, Request
 from specvlm.engine.text import Chunk, TextStream
 from specvlm.families import Inputs, Limits, Prompt, last_words, parse, texts
-from specvlm.runtime.model import VideoLM, check_pair, check_quant, resolve_device
+from specvlm.runtime.model import VideoLM
 from specvlm.runtime.session import Session
 from specvlm.speculate import accept
 from specvlm.speculate import drafters as drafting
@@ -72,7 +71,7 @@ class SpecVLM:
         self.config = config or EngineConfig()
         self._memory = Memory()
         if draft is not None:
-            check_pair(target, draft)
+            pair.check_pair(target, draft)
         target.rules.check()
 
     @classmethod
@@ -98,48 +97,23 @@ class SpecVLM:
             draft_device: the draft's; None is the target's.
             draft_quant: weight-only quantisation of the draft, "fp8", "int8" or "int4"; the text does not depend on it.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-            watch: told now and then, in words, how far it is.
+            watch: progress callback.
             **settings: any field of the configs, as in `EngineConfig.replace`.
 
         Raises:
             UnsupportedModel: a checkpoint cannot be read or served, or the two do not fit each other.
             ConfigError: a setting is unknown or not allowed.
         """
-        for name, value in (("target", target), ("draft", draft)):
-            if not isinstance(value, str | os.PathLike | None):
-                raise ConfigError(f"{name}={shown(value)} is not allowed: give a Hugging Face directory or hub id")
-        if draft == "self":
-            settings.setdefault("drafter", "self")
-        config = _checked(EngineConfig().replace(**settings))
-        drafter = config.draft.drafter
-        if target is None:
-            needs_model = drafting.DRAFTERS[drafter].needs_model
-            target, draft = bundled("target"), draft or (bundled("draft") if needs_model else None)
-        if drafter == "self":
-            draft = draft or "self"
-        for name, value in (("draft_device", draft_device), ("draft_quant", draft_quant)):
-            if value is not None and draft is None:
-                raise ConfigError(f"{name}={value!r} is not allowed without a draft: name one")
-        if draft_device is not None and draft == "self":
-            raise ConfigError(f"draft_device={draft_device!r} is not allowed for self-drafting: leave it out")
-        is_same = draft is not None and os.fspath(draft) == os.fspath(target)
-        is_same = is_same and resolve_device(draft_device or device) == resolve_device(device)
-        is_shared = draft == "self" or is_same
-        if draft_quant is not None:
-            if drafter == "self" and not is_shared:  # it would be quantised and never asked
-                problem = f"draft_quant={draft_quant!r} is not allowed for self-drafting beside another draft"
-                raise ConfigError(f"{problem}: leave draft={str(draft)!r} out")
-            check_quant(draft_quant, resolve_device(draft_device or device))
-        loaded = VideoLM.from_pretrained(target, device=device, dtype=dtype, watch=watch)
-        if draft is None:
-            return cls(loaded, None, config)
-        small = loaded
-        if not is_shared:
-            small = VideoLM.from_pretrained(draft, device=draft_device or device, dtype=dtype, watch=watch)
-        if draft_quant is not None:
-            watch(f"quantising {small.name} to {draft_quant}...")
-            small = small.quantised(draft_quant, keep_original=is_shared)
-        return cls(loaded, small, config)
+        planned = pair.plan(
+            target,
+            draft,
+            settings,
+            device=device,
+            draft_device=draft_device,
+            draft_quant=draft_quant,
+            dtype=dtype,
+        )
+        return cls(*planned.load(watch), planned.config)
 
     def request(self, source: Any, prompt: str | None = None, **settings: Any) -> Request:
         """Prepare a request: messages in the usual chat form, or a video source and a question.
@@ -153,7 +127,7 @@ class SpecVLM:
         Raises:
             ConfigError: a setting is unknown or not allowed.
         """
-        config = self._in_force(_checked(self.config.replace(**settings)))
+        config = self._in_force(pair.checked(self.config.replace(**settings)))
         prune.scoring_layers(config.prune, self.target.num_layers)  # refuses a layer that is not there
         if isinstance(source, Request):
             return Request(config, source.messages, source.media, seen=source.seen, loaded=source.loaded)
@@ -462,16 +436,6 @@ class _Run:
     observe: Callable[[Tensor], None]  # told the logits of every pass
 
 
-def _checked(config: EngineConfig) -> EngineConfig:
-    """Return the config if its drafter, tree and pruner exist, before a model is loaded or a video read."""
-    drafting.check(config.draft)
-    prune.get(config.prune.pruner)
-    if config.draft.drafter == "self" and config.prune.positions == "repacked":
-        problem = "positions='repacked' is not allowed for self-drafting, which takes the target's own keys"
-        raise ConfigError(f"{problem}: leave it out, or draft with a model")
-    return config
-
-
 def _once(seconds: Seconds) -> float:
     """Return the seconds so far of what no usual round holds: starting to draft, and making graphs."""
     return seconds["capture"] + seconds["draft_prefill"]
@@ -491,8 +455,3 @@ def _first_score_row(prompt: Prompt, target: VideoLM, config: EngineConfig) -> i
     if config.prune.score_rows == "last":
         first = max(first, len(prompt) - 1)
     return first
-
-
-def bundled(name: str) -> str:
-    """Return the directory of the bundled "target", "draft" or "clips"."""
-    return str(files("specvlm") / "bundled" / name)

@@ -328,53 +328,6 @@ def _free_language_layers(hf: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def check_pair(target: VideoLM, draft: VideoLM) -> None:
-    """Refuse a draft that cannot propose for the target.
-
-    Padding of the vocabulary may differ: token ids are compared, not sizes.
-
-    Raises:
-        UnsupportedModel: a family of another group or another tokenizer; the first differing entry is named.
-    """
-    if draft.hf is target.hf:
-        return
-    if draft.family.group != target.family.group:
-        raise UnsupportedModel(
-            f"draft {draft.name} is a {draft.model_type}, target {target.name} a {target.model_type}: "
-            "choose a draft of the target's family"
-        )
-    words = {index: token for token, index in target.tokenizer.get_vocab().items()}
-    others = {index: token for token, index in draft.tokenizer.get_vocab().items()}
-    if words != others:
-        first = min(index for index in words.keys() | others.keys() if words.get(index) != others.get(index))
-        raise UnsupportedModel(
-            f"the tokenizers of target and draft differ: token {first} is {words.get(first)!r} in {target.name} "
-            f"and {others.get(first)!r} in {draft.name}"
-        )
-    ours, theirs = _flat(target.family.settings), _flat(draft.family.settings)
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise UnsupportedModel(
-                f"target and draft see a video differently: {key} is {ours.get(key)} in {target.name} "
-                f"and {theirs.get(key)} in {draft.name}; choose a draft with the target's processor"
-            )
-
-
-# What a draft may have otherwise: it reads the pixels and ids that the target's settings made.
-_FREE_SETTINGS = frozenset(
-    ("size", "min_pixels", "max_pixels", "cap_pixels_per_frame", "max_video_tokens", "resample", "chat_template")
-)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level, without those that a draft may have otherwise."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key not in _FREE_SETTINGS:
-            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 @contextmanager
 def _progress(name: str, directory: str, place: torch.device, watch: Callable[[str], None]) -> Iterator[None]:
     """Tell `watch` how much of a checkpoint has arrived on a GPU, twice a second, while the block loads it."""

@@ -49,7 +49,7 @@ def read(
     if directory is not None:
         raise ConfigError(f"directory={directory!r} is not allowed here: it is for {', '.join(SETS)}")
     if known == BUNDLED:
-        from specvlm.engine.api import bundled  # imports torch
+        from specvlm.engine.pair import bundled  # imports torch
 
         return read_lines(BUNDLED, Path(bundled("clips")) / "clips.jsonl", video="file", limit=limit)
     if name is not None and known.endswith(".jsonl"):
