@@ -1,4 +1,4 @@
-"""The method in one page: prefill, then propose / verify / accept / commit. rounds() -> stream() -> generate().
+"""The method: prefill, then propose / verify / accept / commit. rounds() -> stream() -> generate().
 
 rounds() is the loop, one item a target pass; stream() turns tokens into text; generate() collects it.
 """
