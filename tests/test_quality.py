@@ -372,7 +372,7 @@ def test_help_names_the_default_methods(capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["oak"], "method 'oak' is not allowed: known are plain, generate, chain, tree, auto, verifier, "),
+        (["oak"], "method 'oak' is not allowed: known are plain, generate, chain, tree, auto, attention, "),
         (["none"], "method 'none' is not allowed"),
         (["verifier@x"], "write a keep_ratio behind the @"),
         (["generate@0.5"], "method 'generate@0.5' is not allowed: generate prunes nothing"),
