@@ -12,6 +12,7 @@ from specvlm.cli import console
 from specvlm.cli.options import (
     MODEL_OPTIONS,
     PARTS,
+    add_command,
     add_data,
     add_model,
     add_settings,
@@ -39,8 +40,7 @@ def add(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     text = "tables, plots and a page of runs of bench quality; two or more are compared with the first"
-    parser = commands.add_parser("report", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=_report)
+    parser = add_command(commands, "report", _report, text)
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="the --out of bench quality")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where they go [default: the first DIR]")
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
@@ -48,8 +48,7 @@ def _add_report(commands: Any) -> None:
 
 def _add_quality(questions: Any) -> None:
     text = "answer a data set by every method: acceptance, time, memory; exit 1 if fp32 words are not plain decoding's"
-    parser = questions.add_parser("quality", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=_bench_quality)
+    parser = add_command(questions, "quality", _bench_quality, text)
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
     text = "journal, report and pictures; a run that was stopped goes on there"
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=text)
@@ -86,8 +85,7 @@ def _add_quality(questions: Any) -> None:
 
 def _add_speed(questions: Any) -> None:
     text = "time decoding, its passes beside the least that reading weights takes, and other engines on the same models"
-    parser = questions.add_parser("speed", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=_bench_speed)
+    parser = add_command(questions, "speed", _bench_speed, text)
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
     text = "planted pairs, full-size models with random weights whose text is known [default: every family's]"
     parser.add_argument("--pairs", metavar="A,B", help=text)

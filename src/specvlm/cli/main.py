@@ -20,6 +20,7 @@ from specvlm.cli.interrupts import INTERRUPTED
 from specvlm.cli.options import (
     PARTS,
     Parser,
+    add_command,
     add_data,
     add_load,
     add_model,
@@ -97,8 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[..., int], help: str, *parts: str) -> argparse.ArgumentParser:
         videos = "VIDEO -o FILE.png" if name == "inspect" else "VIDEO [VIDEO ...]"
         usage = f"specvlm {name} [options] {videos} [PROMPT | -p PROMPT]"
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", usage=usage)
-        command.set_defaults(run=run)
+        command = add_command(commands, name, run, help, usage=usage)
         _add_source(command)
         add_model(command, has_draft="draft" in parts)
         add_load(command)
@@ -134,8 +134,7 @@ def _add_verify(commands: Any) -> None:
     text = "prove on this machine that speculative = plain decoding = transformers' generate(); exit 1 if it is not so"
     text += ", 2 if a video could not be read"
     usage = "specvlm verify [options] [VIDEO ...]"
-    parser = commands.add_parser("verify", help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage)
-    parser.set_defaults(run=_verify)
+    parser = add_command(commands, "verify", _verify, text, usage=usage)
     parser.add_argument("words", metavar="VIDEO", nargs="*", help="videos [default: the bundled held-out clips]")
     text = "the question about each VIDEO [default: a description]"
     parser.add_argument("-p", "--prompt", metavar="TEXT", help=text)

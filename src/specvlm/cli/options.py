@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import runpy
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
@@ -128,6 +128,16 @@ def check(args: argparse.Namespace) -> None:
         checks.quant(args.draft_quant)
     for file in getattr(args, "load", ()):
         _content(file)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], help: str, **options: Any
+) -> argparse.ArgumentParser:
+    """Add a command: what runs it, and its help, which describes it as well."""
+    description = f"{help[0].upper()}{help[1:]}."
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description, **options)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:

@@ -159,9 +159,7 @@ class Pace:
 
     def round_ms(self, topology: Shape | Tree, missed: int = 0) -> float:
         """Return the milliseconds of a round whose draft has first to run this many tokens that it missed."""
-        if topology not in self._known:
-            self._known[topology] = self._costs.round_ms(topology), np.array(_features(topology), dtype=np.float64)
-        base, features = self._known[topology]
+        base, features = self._round(topology)
         ms = max(base + float(features @ self._moved), _LEAST_MS * base)
         return ms + (self._late_ms(missed) if len(topology) else 0.0)
 
@@ -178,6 +176,12 @@ class Pace:
         late = np.array(_missed_features(missed), dtype=np.float64)
         return max(float(late @ (self._parts + self._moved)), 0.0)
 
+    def _round(self, topology: Shape | Tree) -> tuple[float, Array]:
+        """Return what the costs say of a round, and what it holds."""
+        if topology not in self._known:
+            self._known[topology] = self._costs.round_ms(topology), np.array(_features(topology), dtype=np.float64)
+        return self._known[topology]
+
     def learn(self, topology: Shape | Tree, ms: float, missed: int = 0) -> None:
         """Take in what a round really took."""
         if not self.is_known:
@@ -187,9 +191,9 @@ class Pace:
             self.is_known = True
             self._set(self._costs.moved((scale - 1) * self._costs.parts))
         self.has_drafted |= len(topology) > 0
-        features = np.array(_features(topology), dtype=np.float64)
+        _, features = self._round(topology)
         if len(topology):
-            features += _missed_features(missed)
+            features = features + _missed_features(missed)
         expected = self.round_ms(topology, missed)
         seen = min(max(ms, _LEAST_SEEN * expected), _MOST_SEEN * expected)
         spread = self._covariance @ features
@@ -210,21 +214,19 @@ class Rounds:
     """What many rounds hold, worked out once.
 
     Args:
-        topology: of each round.
-        costs: by which the table of their times begins.
+        topologies: of each round.
     """
 
-    def __init__(self, topology: Sequence[Shape | Tree], costs: Costs | None = None) -> None:
-        self._drafted = topology
-        self.features = np.array([_features(one) for one in topology], dtype=np.float64).reshape(len(topology), 5)
+    def __init__(self, topologies: Sequence[Shape | Tree]) -> None:
+        self._topologies = topologies
+        features = [_features(topology) for topology in topologies]
+        self.features = np.array(features, dtype=np.float64).reshape(len(topologies), 5)
         self._costs: Costs | None = None
-        self._base = np.zeros(len(topology))
-        if costs is not None:
-            self.base(costs)
+        self._base = np.zeros(len(topologies))
 
     def base(self, costs: Costs) -> Array:
         """Return the milliseconds [rounds] that the costs alone say."""
         if costs is not self._costs:
             self._costs = costs
-            self._base = np.array([costs.round_ms(one) for one in self._drafted])
+            self._base = np.array([costs.round_ms(topology) for topology in self._topologies])
         return self._base
